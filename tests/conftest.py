@@ -1,0 +1,51 @@
+"""What all the tests share: the repository's root and one Spark session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import etl
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    """The job's own session, on two cores, with settings that suit tiny tables."""
+    # The optimizing compiler doesn't pay off: without it the tests take half the CPU time.
+    options = "--master local[2] --driver-java-options -XX:TieredStopAtLevel=1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        patch.setenv("PYSPARK_SUBMIT_ARGS", f"{options} pyspark-shell")
+        session = etl.start_spark(debug=False)
+    session.conf.set("spark.sql.shuffle.partitions", 2)
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def sample_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The lake made of data_sample by the command, without a flag and far from UTC, and
+    what the command printed."""
+    cwd = tmp_path_factory.mktemp("sample")
+    (cwd / "dl.cfg").touch()  # it is read instead of one beside etl.py
+    done = subprocess.run(
+        [sys.executable, ROOT / "etl.py"],
+        cwd=cwd,
+        env={**os.environ, "TZ": "America/Los_Angeles"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return cwd / "lake", done
