@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import fcntl
 import gzip
 import json
 import logging
@@ -19,22 +20,29 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import reduce
-from typing import IO, Any, Callable
+from typing import Any, Callable
 
 try:
     import pyspark
+    from py4j.protocol import Py4JJavaError
     from pyspark import SparkConf, SparkContext
+    from pyspark.errors import AnalysisException
     from pyspark.java_gateway import launch_gateway
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
@@ -91,7 +99,36 @@ class RunError(Exception):
 
 # --- Settings -------------------------------------------------------------------------
 
-CONFIG_SECTIONS = {"LAKE": ("INPUT", "OUTPUT")}
+EMR_FILES = "/usr/share/aws/emr"  # a folder of every EMR node
+CONFIG_SECTIONS = {
+    "AWS": (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_REGION",
+        "ENDPOINT_URL",
+    ),
+    "LAKE": ("INPUT", "OUTPUT"),
+}
+
+
+@dataclass(frozen=True)
+class Aws:
+    """How to reach S3. Without keys: as the default AWS chain finds them (environment,
+    profile, instance role)."""
+
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    endpoint: str | None = None
+
+    def hide_in(self, text: str) -> str:
+        """A text with the keys, the secret and the token in it struck out."""
+        secrets = (self.access_key, self.secret_key, self.session_token)
+        return reduce(
+            lambda t, secret: t.replace(secret, "***"), filter(None, secrets), text
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +139,8 @@ class Settings:
     output: str
     max_rejected: float
     debug: bool
+    break_lock: bool
+    aws: Aws
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -128,6 +167,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         default=0.01,
         help="publish nothing above this fraction of bad records (default: 0.01)",
     )
+    add("--break-lock", action="store_true", help="take over the lock of a dead run")
     add("--debug", action="store_true", help="show tracebacks and Spark's own log")
 
     def fail(message: str) -> None:  # one line, where argparse prints the usage too
@@ -138,11 +178,15 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if not 0 <= flags.max_rejected <= 1:  # a NaN is neither
         fail(f"--max-rejected {flags.max_rejected} is not a fraction between 0 and 1")
     config = read_config(flags.config, here)
+    given = {"INPUT": flags.input, "OUTPUT": flags.output}
+    config.update({key: uri for key, uri in given.items() if uri is not None})
     settings = Settings(
-        input=to_uri(flags.input or config.get("INPUT") or f"{here}/data_sample"),
-        output=to_uri(flags.output or config.get("OUTPUT") or "lake"),
+        input=to_uri(config.get("INPUT", f"{here}/data_sample")),
+        output=to_uri(config.get("OUTPUT", "lake")),
         max_rejected=flags.max_rejected,
         debug=flags.debug,
+        break_lock=flags.break_lock,
+        aws=read_aws(config),
     )
     check_apart(settings.input, settings.output)
     return settings
@@ -168,7 +212,7 @@ def read_config(path: str | None, script_folder: str) -> dict[str, str]:
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}: see dl.cfg.example") from None
     except (configparser.Error, UnicodeDecodeError) as error:
-        errors = getattr(error, "errors", [(getattr(error, "lineno", "?"), "")])
+        errors = getattr(error, "errors", [(getattr(error, "lineno", 1), "")])
         raise SettingsError(
             f"{path}, line {errors[0][0]}: wanted is each key once, as KEY = VALUE, under "
             + " or ".join(f"[{section}]" for section in CONFIG_SECTIONS)
@@ -178,7 +222,9 @@ def read_config(path: str | None, script_folder: str) -> dict[str, str]:
         for key in parser[section]:
             if key not in section_of:
                 known = ", ".join(section_of)
-                raise SettingsError(f"{path}: unknown key {key}; the keys are {known}")
+                # What isn't like a key may be a secret that has come to a line of its own.
+                shown = f" {key}" if re.fullmatch("[A-Z_]{1,30}", key) else ""
+                raise SettingsError(f"{path}: unknown key{shown}; the keys are {known}")
             if section_of[key] != section:
                 wanted = section_of[key]
                 raise SettingsError(f"{path}: {key} is in [{section}], not [{wanted}]")
@@ -193,23 +239,57 @@ def read_config(path: str | None, script_folder: str) -> dict[str, str]:
     }
 
 
+def read_aws(config: dict[str, str]) -> Aws:
+    """The AWS settings of a dl.cfg; of the environment, region and endpoint."""
+    keys = config.get("AWS_ACCESS_KEY_ID"), config.get("AWS_SECRET_ACCESS_KEY")
+    if (keys[0] is None) != (keys[1] is None):
+        raise SettingsError(
+            "dl.cfg has one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: "
+            "give both, or neither to use the default AWS chain"
+        )
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get(
+        "AWS_ENDPOINT_URL"
+    )
+    endpoint = config.get("ENDPOINT_URL", endpoint)
+    if endpoint and not re.match("https?://[^/]", endpoint):
+        raise SettingsError(
+            f"ENDPOINT_URL {endpoint}: must begin with http:// or https://"
+        )
+    token = config.get("AWS_SESSION_TOKEN")
+    return Aws(*keys, token, config.get("AWS_REGION", region), endpoint)
+
+
 def to_uri(path: str) -> str:
     """The URI of a path or URI, absolute, without a last slash.
 
-    A path without a scheme is local, whatever Hadoop's default file system is.
+    A path without a scheme is local, whatever Hadoop's default file system is. s3:// is
+    s3a:// except on EMR, whose own file system serves it.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", path)
-    if scheme and scheme[1] in ("hdfs", "viewfs"):
-        return path.rstrip("/")
-    if scheme and scheme[1] != "file":
-        raise SettingsError(f"{path}: unknown scheme: use a local path, file: or hdfs:")
-    local = re.sub("^file:(//(?=/))?", "", path)
-    return "file://" + os.path.abspath(os.path.expanduser(local))
+    if not path:
+        raise SettingsError("--input and --output must not be empty")
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+):", path)
+    if not scheme or scheme[1] == "file":
+        local = re.sub("^file:(//(?=/))?", "", path)
+        return "file://" + os.path.abspath(os.path.expanduser(local))
+    if scheme[1] not in ("s3", "s3a", "hdfs", "viewfs"):
+        raise SettingsError(f"{path}: use a local path, file:, hdfs:, s3:// or s3a://")
+    if scheme[1].startswith("s3") and not re.match("s3a?://[^/]", path):
+        raise SettingsError(f"{path}: names no bucket: write s3a://BUCKET/PREFIX")
+    if scheme[1] == "s3" and not os.path.isdir(EMR_FILES):
+        path = path.replace("s3:", "s3a:", 1)
+    return path.rstrip("/")
 
 
 def local_path(uri: str) -> str | None:
     """The path of a file: URI; None for another one."""
     return uri[len("file://") :] if uri.startswith("file:") else None
+
+
+def s3_place(uri: str) -> tuple[str, str] | None:
+    """The bucket and the key of an S3 URI; None for another one."""
+    match = re.fullmatch("s3a?://([^/]+)/?(.*)", uri)
+    return (match[1], match[2]) if match else None
 
 
 def check_apart(source: str, lake: str) -> None:
@@ -219,16 +299,18 @@ def check_apart(source: str, lake: str) -> None:
         for uri in (source, lake)
     )
     if source == lake:
-        raise SettingsError(f"INPUT and OUTPUT are both {lake}: give OUTPUT its own")
+        raise SettingsError(
+            f"INPUT and OUTPUT are both {lake[:-1]}: give OUTPUT its own"
+        )
     for folder in ("song_data", "log_data"):
         if lake.startswith(f"{source}{folder}/"):
             raise SettingsError(
-                f"OUTPUT {lake} is inside INPUT's {folder}: move it out"
+                f"OUTPUT {lake[:-1]} is inside INPUT's {folder}: move it out"
             )
     for folder in (*TABLES, "_staging", "_rejected", "_reports"):
         if source.startswith(f"{lake}{folder}/"):
             raise SettingsError(
-                f"INPUT {source} is inside OUTPUT's {folder}: move it out"
+                f"INPUT {source[:-1]} is inside OUTPUT's {folder}: move it out"
             )
 
 
@@ -252,21 +334,31 @@ DEFAULT_CONF = {
 }
 
 
+JSON_FILE = re.compile(r"(.*/)?[^_./][^/]*\.json(\.gz)?")  # as Spark finds them
+
+
 def preflight(settings: Settings) -> None:
     """Raises SettingsError for what would fail later, before Spark's slow start."""
     source, lake = local_path(settings.input), local_path(settings.output)
-    for folder in ("song_data", "log_data") if source else ():
-        walked = os.walk(os.path.join(source, folder))
-        if not any(
-            name.endswith((".json", ".json.gz"))
-            for _, _, names in walked
-            for name in names
-        ):
+    for folder in ("song_data", "log_data"):
+        if source:
+            found = (
+                name
+                for _, _, names in os.walk(f"{source}/{folder}", followlinks=True)
+                for name in names
+            )
+        elif s3_place(settings.input):
+            found = s3_keys(settings.aws, f"{settings.input}/{folder}/")
+        else:
+            continue
+        if not any(map(JSON_FILE.fullmatch, found)):
             raise SettingsError(
-                f"INPUT {source} holds no {folder}/ with .json or .json.gz files: "
+                f"INPUT {settings.input} holds no {folder}/ with .json or .json.gz files: "
                 "give --input the folder of song_data/ and log_data/"
             )
-    if lake:
+    if s3_place(settings.output):
+        check_s3_output(settings.aws, settings.output)
+    elif lake:
         while not os.path.lexists(lake):
             lake = os.path.dirname(lake)
         if not (os.path.isdir(lake) and os.access(lake, os.W_OK | os.X_OK)):
@@ -274,6 +366,98 @@ def preflight(settings: Settings) -> None:
                 f"OUTPUT {settings.output}: {lake} is not a folder that can be written: "
                 "change its permissions or give another --output"
             )
+    if is_without_jvm():
+        check_java()
+
+
+S3_ADVICE = {
+    "InvalidAccessKeyId": "the access key is unknown there: check AWS_ACCESS_KEY_ID",
+    "XAdminUserNotFound": "the access key is unknown there: check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is wrong: check AWS_SECRET_ACCESS_KEY",
+    "InvalidToken": "the session token is wrong: check AWS_SESSION_TOKEN",
+    "ExpiredToken": "the session token has expired: get new keys",
+    "NoSuchBucket": "no such bucket: check the name, or create it",
+    "PermanentRedirect": "the bucket is in another region: set AWS_REGION to it",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_REGION",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "EndpointConnectionError": "can't connect to ENDPOINT: check ENDPOINT_URL, "
+    "AWS_REGION and the network",
+    "ConnectTimeoutError": "ENDPOINT doesn't answer: check ENDPOINT_URL and the network",
+    "ReadTimeoutError": "ENDPOINT doesn't answer: check ENDPOINT_URL and the network",
+    "NoCredentialsError": "no AWS credentials: put AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY under [AWS] in dl.cfg or into the environment, or run where "
+    "a role gives them",
+}
+
+
+def s3_client(aws: Aws) -> Any:
+    """A boto3 client for S3 that gives up within seconds."""
+    import boto3
+    from botocore.config import Config
+
+    style = {"addressing_style": "path"} if aws.endpoint else None
+    return boto3.client(
+        "s3",
+        aws_access_key_id=aws.access_key,
+        aws_secret_access_key=aws.secret_key,
+        aws_session_token=aws.session_token,
+        region_name=aws.region,
+        endpoint_url=aws.endpoint,
+        config=Config(
+            connect_timeout=2,
+            read_timeout=4,
+            retries={"total_max_attempts": 2},
+            s3=style,
+        ),
+    )
+
+
+@contextmanager
+def s3_errors(uri: str) -> Iterator[None]:
+    """Turns what boto3 raises inside into a SettingsError that says what to change."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        advice = S3_ADVICE.get(code)
+        if code in ("AccessDenied", "403", "Forbidden"):
+            action = error.operation_name.replace("ListObjectsV2", "ListBucket")
+            advice = f"access denied: allow these credentials s3:{action} there"
+        raise SettingsError(f"{uri}: {advice or explain(error)}") from error
+    except BotoCoreError as error:
+        advice = S3_ADVICE.get(type(error).__name__, explain(error))
+        endpoint = re.search('https?://[^/"]+', str(error))
+        if endpoint:
+            advice = re.sub("ENDPOINT(?!_)", endpoint[0], advice)
+        raise SettingsError(f"{uri}: {advice}") from error
+
+
+def s3_keys(aws: Aws, uri: str) -> Iterator[str]:
+    """The keys of the objects below a URI; the first one is tried for reading."""
+    bucket, prefix = s3_place(uri)
+    with s3_errors(uri):
+        client = s3_client(aws)
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=prefix
+        )
+        for page in pages:
+            for number, entry in enumerate(page.get("Contents", ())):
+                if number == 0:
+                    client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].close()
+                yield entry["Key"]
+
+
+def check_s3_output(aws: Aws, uri: str) -> None:
+    """Raises SettingsError unless objects can be deleted and written below a URI."""
+    bucket, prefix = s3_place(uri)
+    probe = {"Bucket": bucket, "Key": f"{prefix}/_probe-{uuid.uuid4().hex}".lstrip("/")}
+    with s3_errors(uri):
+        client = s3_client(aws)
+        client.delete_object(**probe)  # first: a probe that can't go must not come
+        client.put_object(**probe, Body=b"")
+        client.delete_object(**probe)
 
 
 def check_java() -> None:
@@ -285,8 +469,11 @@ def check_java() -> None:
             f"JAVA_HOME={home} has no bin/java" if home else "no java is on the PATH"
         )
         raise SettingsError(f"Spark needs Java and {where}: {INSTALL_JAVA}")
-    answer = subprocess.run([java, "-version"], stderr=subprocess.PIPE, check=False)
-    version = re.search(rb'version "(?:1\.)?(\d+)', answer.stderr)
+    try:
+        answer = subprocess.run([java, "-version"], stderr=subprocess.PIPE, check=False)
+        version = re.search(rb'version "(?:1\.)?(\d+)', answer.stderr)
+    except OSError:  # of another machine's kind, or no program
+        version = None
     oldest = 8 if pyspark.__version__.startswith("3.") else 17
     # Hadoop asks for a Subject.getSubject that Java 23 and newer refuse.
     if not version or not oldest <= int(version[1]) <= 22:
@@ -297,13 +484,71 @@ def check_java() -> None:
         )
 
 
-def start_spark(debug: bool) -> SparkSession:
+# The AWS SDK modules that S3A needs of its 640 MB bundle, by Hadoop version.
+SDK_2 = [
+    f"software.amazon.awssdk:{name}"
+    for name in (
+        "s3",
+        "s3-transfer-manager",
+        "sts",
+        "apache-client",
+        "netty-nio-client",
+    )
+]
+SDK_1 = [f"com.amazonaws:aws-java-sdk-{name}" for name in ("s3", "sts", "dynamodb")]
+SDK_MODULES = {
+    "3.3.4": [f"{module}:1.12.262" for module in SDK_1],
+    "3.4.2": [f"{module}:2.29.52" for module in SDK_2],
+}
+# What those packages name but Spark has already, or other clouds need.
+NOT_NEEDED = (
+    "software.amazon.awssdk:bundle",
+    "com.amazonaws:aws-java-sdk-bundle",
+    "org.apache.hadoop:hadoop-client-*",
+    "org.apache.hadoop:hadoop-cloud-storage",
+    "org.apache.hadoop:hadoop-azure*",
+    "com.microsoft.azure:*",
+    "com.google.cloud.bigdataoss:*",
+    "com.huaweicloud:*",
+    "com.squareup.*:*",
+    "com.fasterxml.jackson.*:*",
+    "joda-time:*",
+    "org.eclipse.jetty:*",
+)
+
+
+def s3_packages() -> tuple[list[str], list[str]]:
+    """Maven packages that give the Spark at hand S3A with its magic committer, and what
+    to exclude of them. Both are empty for a Spark that brings its own S3A.
+
+    For a Hadoop not in SDK_MODULES: hadoop-aws with its whole bundle, no committer.
+    """
+    jars = os.path.join(os.path.dirname(pyspark.__file__), "jars")
+    names = os.listdir(jars) if os.path.isdir(jars) else []
+    hadoop = next((n for n in names if n.startswith("hadoop-client-api-")), None)
+    if hadoop is None or any(name.startswith("hadoop-aws-") for name in names):
+        return [], []
+    hadoop = hadoop[len("hadoop-client-api-") : -len(".jar")]
+    core = re.search(r"spark-core_(\S+?)-(\S+?)\.jar", " ".join(names))
+    packages = [f"org.apache.hadoop:hadoop-aws:{hadoop}"]
+    if hadoop not in SDK_MODULES:
+        return packages, ["org.apache.hadoop:hadoop-client-*"]
+    committer = f"org.apache.spark:spark-hadoop-cloud_{core[1]}:{core[2]}"
+    return [*packages, *SDK_MODULES[hadoop], committer], list(NOT_NEEDED)
+
+
+def is_without_jvm() -> bool:
+    """Whether neither spark-submit nor this process has started a JVM yet."""
+    return "PYSPARK_GATEWAY_PORT" not in os.environ and SparkContext._gateway is None
+
+
+def start_spark(settings: Settings) -> SparkSession:
     """The session: on the JVM that spark-submit has started, else on one of its own."""
-    if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkContext._gateway is None:
-        check_java()
-        start_context(debug)
+    on_s3 = bool(s3_place(settings.input) or s3_place(settings.output))
+    if is_without_jvm():
+        start_context(settings, on_s3)
     spark = SparkSession.builder.appName("sparkify-etl").getOrCreate()
-    if not debug:
+    if not settings.debug:
         spark.sparkContext.setLogLevel("ERROR")
     known = spark.sparkContext.getConf()
     for key, value in DEFAULT_CONF.items():
@@ -314,17 +559,43 @@ def start_spark(debug: bool) -> SparkSession:
     hadoop.set("mapreduce.fileoutputcommitter.marksuccessfuljobs", "false")
     local = spark._jvm.org.apache.hadoop.fs.FileSystem.getLocal(hadoop)
     local.setWriteChecksum(False)  # no .crc file beside each file of the lake
+    if on_s3:
+        configure_s3(spark, settings.aws)
     return spark
 
 
-def start_context(debug: bool) -> None:
+def start_context(settings: Settings, on_s3: bool) -> None:
     """Starts a JVM with a Spark context; its log is shown only when debugging."""
-    quiet = {} if debug else {"stderr": subprocess.PIPE}
-    gateway = launch_gateway(popen_kwargs=quiet)
-    if not debug:
-        relay = threading.Thread(target=relay_progress, args=(gateway.proc.stderr,))
-        relay.daemon = True
-        relay.start()
+    conf = SparkConf(loadDefaults=False)
+    packages, excludes = s3_packages() if on_s3 else ([], [])
+    if on_s3 and "AWS_SHARED_CREDENTIALS_FILE" in os.environ:  # by its name in SDK 1
+        profiles = os.environ["AWS_SHARED_CREDENTIALS_FILE"]
+        os.environ.setdefault("AWS_CREDENTIAL_PROFILES_FILE", profiles)
+    if "hadoop-aws" in os.environ.get("PYSPARK_SUBMIT_ARGS", ""):
+        packages = []
+    if packages:
+        conf.set("spark.jars.packages", ",".join(packages))
+        conf.set("spark.jars.excludes", ",".join(excludes))
+    printed: deque[bytes] = deque(maxlen=1000)
+    reader, writer = os.pipe()
+    threading.Thread(
+        target=relay, args=(reader, printed, settings.debug), daemon=True
+    ).start()
+    try:
+        gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})
+    except Exception as error:
+        text = b"".join(printed).decode(errors="replace")
+        if "unresolved dependency" in text or "download failed" in text:
+            raise SettingsError(
+                f"S3 needs packages that can't be downloaded: {','.join(packages)}: give "
+                'them as files, PYSPARK_SUBMIT_ARGS="--jars FILE,... pyspark-shell", or '
+                "name your registry in spark.jars.ivySettings in spark-defaults.conf"
+            ) from error
+        raise SettingsError(
+            f"Spark didn't start: {explain(error)}; try --debug"
+        ) from error
+    finally:
+        os.close(writer)
     conf = SparkConf(_jvm=gateway.jvm)
     conf.set("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
     if conf.get("spark.master", "").startswith("local"):
@@ -332,15 +603,80 @@ def start_context(debug: bool) -> None:
         conf.setIfMissing("spark.driver.host", "127.0.0.1")
         conf.setIfMissing("spark.driver.bindAddress", "127.0.0.1")
         conf.setIfMissing("spark.ui.enabled", "false")
+        # The python3 on the PATH may be of another version than this one.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if conf.get("spark.master", "") == "local[*]" and s3_place(settings.input):
+        # A task waits for one small object after another; at 25 ms a request 1,943 of
+        # them take 62 s on local[2], 12 s on local[32].
+        conf.setMaster(f"local[{max(32, os.cpu_count() or 1)}]")
     SparkContext(conf=conf.setAppName("sparkify-etl"), gateway=gateway)
 
 
-def relay_progress(stream: IO[bytes]) -> None:
-    """Passes on Spark's progress bar: all that a JVM prints that begins with a \\r."""
-    for printed in iter(lambda: os.read(stream.fileno(), 65536), b""):
-        if printed.startswith(b"\r"):
-            sys.stderr.buffer.write(printed)
+def relay(reader: int, printed: deque[bytes], everything: bool) -> None:
+    """Keeps what a JVM prints. Passes on its progress bar, which alone begins with a \\r,
+    or everything."""
+    for chunk in iter(lambda: os.read(reader, 65536), b""):
+        printed.append(chunk)
+        if everything or chunk.startswith(b"\r"):
+            sys.stderr.buffer.write(chunk)
             sys.stderr.flush()
+
+
+def configure_s3(spark: SparkSession, aws: Aws) -> None:
+    """Gives S3A the credentials, region, endpoint and committer.
+
+    On the running context, because the settings of a session are in the JVM's command
+    line, which every user of the machine can read.
+    """
+    hadoop = spark._jsc.hadoopConfiguration()
+    # forName would not find the classes of packages: they have a class loader of their own.
+    loader = spark._jvm.java.lang.Thread.currentThread().getContextClassLoader()
+
+    def has_class(name: str) -> bool:
+        return loader.getResource(name.replace(".", "/") + ".class") is not None
+
+    if not has_class("org.apache.hadoop.fs.s3a.S3AFileSystem"):
+        packages, excludes = s3_packages()
+        raise SettingsError(
+            "this Spark has no S3A: add to spark-submit --packages "
+            f"{','.join(packages)} --exclude-packages '{','.join(excludes)}'"
+        )
+    chain = "com.amazonaws.auth.DefaultAWSCredentialsProviderChain"
+    if has_class("software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"):
+        chain = "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"
+    provider = "org.apache.hadoop.fs.s3a.SimpleAWSCredentialsProvider"
+    if aws.session_token:
+        provider = "org.apache.hadoop.fs.s3a.TemporaryAWSCredentialsProvider"
+    options = {
+        "fs.s3a.aws.credentials.provider": provider if aws.access_key else chain,
+        "fs.s3a.access.key": aws.access_key,
+        "fs.s3a.secret.key": aws.secret_key,
+        "fs.s3a.session.token": aws.session_token,
+        "fs.s3a.endpoint": aws.endpoint,
+        "fs.s3a.endpoint.region": aws.region or ("us-east-1" if aws.endpoint else None),
+        "fs.s3a.path.style.access": "true" if aws.endpoint else None,
+        "fs.s3a.connection.maximum": "200",
+        # Of a folder's marker object, which 3.3 would delete with each file written in it.
+        "fs.s3a.directory.marker.retention": "keep",
+        # The committer that writes to S3 without renaming, which there is copying.
+        "fs.s3a.committer.name": "magic",
+        "fs.s3a.committer.magic.enabled": "true",
+        "mapreduce.outputcommitter.factory.scheme.s3a": (
+            "org.apache.hadoop.fs.s3a.commit.S3ACommitterFactory"
+        ),
+    }
+    for key, value in options.items():
+        if value:
+            hadoop.set(key, value)
+    cloud = "org.apache.spark.internal.io.cloud"
+    if has_class(f"{cloud}.PathOutputCommitProtocol"):
+        spark.conf.set(
+            "spark.sql.sources.commitProtocolClass", f"{cloud}.PathOutputCommitProtocol"
+        )
+        spark.conf.set(
+            "spark.sql.parquet.output.committer.class",
+            f"{cloud}.BindingParquetOutputCommitter",
+        )
 
 
 # --- Read -----------------------------------------------------------------------------
@@ -489,10 +825,19 @@ def record_splitter(
     cut_off = re.compile(r'\{[ \t]*(?:\n(?:[ \t"}\]].*)?)+')
 
     def parse(text: str, start: int = 0) -> tuple[Any, int]:
-        try:
-            return json.JSONDecoder().raw_decode(text, start)
-        except (ValueError, RecursionError):
-            return None, start
+        # In a window, since a failure costs a look at all of the text that was given.
+        size = 65536
+        while True:
+            try:
+                window = text[start : start + size]
+                value, end = json.JSONDecoder().raw_decode(window)
+            except (ValueError, RecursionError) as error:
+                at_end = getattr(error, "pos", 0) > size - 16
+                if start + size >= len(text) or not (at_end or "Unter" in str(error)):
+                    return None, start
+                size *= 2
+            else:
+                return value, start + end
 
     def judge(text: str, value: Any) -> tuple[str, str | None]:
         raw = text.encode("utf-8", "surrogateescape").decode(
@@ -505,6 +850,9 @@ def record_splitter(
         nested = any(isinstance(value.get(name), (dict, list)) for name in columns)
         return raw, "value of the wrong type" if nested else None
 
+    def is_array_of_objects(value: Any) -> bool:
+        return isinstance(value, list) and {type(item) for item in value} == {dict}
+
     def records(text: str) -> Iterator[tuple[str, str | None]]:
         start = blanks.match(text).end()
         while start < len(text):
@@ -514,14 +862,11 @@ def record_splitter(
                 end = (cut_off.match(text, start) or rest).end()
             elif rest[0].strip() and not rest[0].lstrip().startswith("{"):
                 value, end = None, rest.end()
-            if (
-                value
-                and isinstance(value, list)
-                and all(type(v) is dict for v in value)
-            ):
-                yield from (judge(json.dumps(v, ensure_ascii=False), v) for v in value)
+            raw, problem = judge(text[start:end].rstrip(), value)
+            if problem == "not a JSON object" and is_array_of_objects(value):
+                yield from (judge(json.dumps(item), item) for item in value)
             else:
-                yield judge(text[start:end].rstrip(), value)
+                yield raw, problem
             start = blanks.match(text, end).end()
 
     def split(content: bytes) -> list[tuple[str, str | None]]:
@@ -687,7 +1032,7 @@ def build_songplays(events: DataFrame, raw_songs: DataFrame) -> DataFrame:
     """
     key = ("ts", "userId", "sessionId", "itemInSession")
     rest = F.struct("level", "location", "userAgent", "song", "artist", "length")
-    plays = events.where(is_play()).groupBy(*key).agg(F.min(rest).alias("play"))
+    plays = events.where(is_play()).groupBy(*key).agg(F.max(rest).alias("play"))
     names = raw_songs.where(has_song_keys() & ~is_blank("artist_name"))
     names = names.select("artist_id", F.col("artist_name").alias("artist")).distinct()
     songs_by_name = (
@@ -792,9 +1137,12 @@ def check_tables(spark: SparkSession, folder: str) -> dict[str, dict[str, int]]:
     each other table. Raises RunError, naming table and check, unless every table has
     rows, every primary key is unique and not null, and every foreign key finds its row.
     """
-    tables = {
-        table: spark.read.parquet(literal(f"{folder}/{table}")) for table in TABLES
-    }
+    tables = {}
+    for table in TABLES:
+        try:
+            tables[table] = spark.read.parquet(literal(f"{folder}/{table}"))
+        except AnalysisException as error:  # Parquet files are what has the columns
+            raise RunError(f"check failed: table {table} has no file") from error
 
     def keys(table: str, column: str, owner: str) -> DataFrame:
         return tables[table].select(
@@ -847,11 +1195,19 @@ def check_tables(spark: SparkSession, folder: str) -> dict[str, dict[str, int]]:
 
 # --- Publish --------------------------------------------------------------------------
 
+OWN_FILE = re.compile(r"(.*/)?part-[^/]*\.parquet")  # what a run writes into a table
+
 
 def hadoop_path(spark: SparkSession, uri: str) -> tuple[Any, Any]:
     """The Hadoop FileSystem and Path of a URI: local disk, HDFS and S3 work alike."""
     path = spark._jvm.org.apache.hadoop.fs.Path(uri)
     return path.getFileSystem(spark._jsc.hadoopConfiguration()), path
+
+
+def exists(spark: SparkSession, uri: str) -> bool:
+    """Whether there is such a file or folder."""
+    files, path = hadoop_path(spark, uri)
+    return files.exists(path)
 
 
 def list_files(spark: SparkSession, folder: str) -> dict[str, int]:
@@ -867,12 +1223,38 @@ def list_files(spark: SparkSession, folder: str) -> dict[str, int]:
     return sizes
 
 
-def write_text(spark: SparkSession, uri: str, text: str) -> None:
-    """Writes a small text file."""
+def write_text(spark: SparkSession, lake: str, name: str, text: str) -> None:
+    """Writes a new small file of a lake, which is there whole or not at all."""
+    # On S3 an object comes with its last byte; elsewhere renaming is what is atomic.
+    draft = f"{lake}/{name}" if s3_place(lake) else f"{lake}/_staging/{name}"
+    files, path = hadoop_path(spark, draft)
+    with closing(files.create(path, True)) as stream:
+        stream.write(bytearray(text.encode()))
+    if draft != f"{lake}/{name}":
+        move(spark, draft, f"{lake}/{name}")
+
+
+def read_text(spark: SparkSession, uri: str) -> str:
+    """The text of a small file."""
     files, path = hadoop_path(spark, uri)
-    stream = files.create(path, True)
-    stream.write(bytearray(text.encode()))
-    stream.close()
+    with closing(files.open(path)) as stream:
+        return spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
+
+
+def move(spark: SparkSession, source: str, target: str) -> None:
+    """Renames a file, unless it was renamed before."""
+    files, path = hadoop_path(spark, source)
+    _, target_path = hadoop_path(spark, target)
+    try:
+        if not s3_place(target):  # where a folder is but a part of the name
+            files.mkdirs(target_path.getParent())
+        if files.rename(path, target_path):
+            return
+        reason = "renaming failed"
+    except Py4JJavaError as error:
+        reason = explain(error)
+    if not files.exists(target_path):
+        raise RunError(f"{target} can't be written: {reason}")
 
 
 def delete(spark: SparkSession, uri: str) -> None:
@@ -881,90 +1263,248 @@ def delete(spark: SparkSession, uri: str) -> None:
     files.delete(path, True)
 
 
-def delete_empty_folders(spark: SparkSession, output: str, folder: str) -> None:
-    """Deletes a folder of OUTPUT and the folders around it as far as they are empty."""
-    while folder:
-        files, path = hadoop_path(spark, f"{output}/{folder}")
-        if files.exists(path):
-            if len(files.listStatus(path)):
-                return
-            files.delete(path, False)
-        folder = os.path.dirname(folder)
+def delete_empty_folders(spark: SparkSession, lake: str, names: Sequence[str]) -> None:
+    """Deletes the folders of a lake that held these files as far as they are empty."""
+    for folder in {os.path.dirname(name) for name in names}:
+        while folder:
+            files, path = hadoop_path(spark, f"{lake}/{folder}")
+            if files.exists(path):
+                if len(files.listStatus(path)):
+                    break
+                files.delete(path, False)
+            folder = os.path.dirname(folder)
 
 
-def publish(spark: SparkSession, output: str, staging: str) -> None:
-    """Moves the staged files into the tables, then deletes the files that they replace.
+def publish(
+    spark: SparkSession, lake: str, run_id: str, tables: Sequence[str] = tuple(TABLES)
+) -> None:
+    """Moves what a run has staged into the lake, then deletes the files of the tables
+    that it replaces.
 
-    Each file's name is its own: a reader sees old rows, new rows or both, never fewer.
-    Only files that a run has written are deleted; what else is in OUTPUT stays.
+    A journal of both is written first. When moving fails, the files go back; when the run
+    is killed, the next start finds the journal and finishes. Each file has a name of its
+    own: a reader sees old rows, new rows or both, never fewer. Files that no run has
+    written stay.
     """
+    staging = f"{lake}/_staging/{run_id}"
+    staged = list(list_files(spark, staging))
     replaced = [
         f"{table}/{name}"
-        for table in TABLES
-        for name in list_files(spark, f"{output}/{table}")
-        if re.fullmatch(r"(.*/)?part-[^/]*\.parquet", name)
+        for table in tables
+        for name in list_files(spark, f"{lake}/{table}")
+        if OWN_FILE.fullmatch(name)
     ]
-    for name in list_files(spark, staging):
-        files, source = hadoop_path(spark, f"{staging}/{name}")
-        _, target = hadoop_path(spark, f"{output}/{name}")
-        files.mkdirs(target.getParent())
-        if not files.rename(source, target):
-            raise RunError(f"{target.toString()} can't be written")
-    for name in replaced:
-        delete(spark, f"{output}/{name}")
-    for folder in sorted({os.path.dirname(name) for name in replaced}):
-        delete_empty_folders(spark, output, folder)
+    journal = {"run": run_id, "staged": staged, "replaced": replaced}
+    outcome = "the tables are as they were"
+    try:
+        write_text(spark, lake, "_journal.json", json.dumps(journal))
+        outcome = "the next start of etl.py finishes it"
+        try:
+            move_staged(spark, lake, journal)
+        except BaseException:
+            for name in staged:
+                if exists(spark, f"{lake}/{name}"):
+                    move(spark, f"{lake}/{name}", f"{staging}/{name}")
+            delete_empty_folders(spark, lake, staged)
+            delete(spark, f"{lake}/_journal.json")
+            outcome = "the tables are as they were"
+            raise
+        finish_publish(spark, lake, journal)
+    except (Exception, KeyboardInterrupt) as error:
+        raise RunError(f"publishing failed, {outcome}: {explain(error)}") from error
 
 
-def discard(spark: SparkSession, output: str, staging: str) -> None:
-    """Deletes a staging folder."""
-    delete(spark, staging)
-    delete_empty_folders(spark, output, "_staging")
+def move_staged(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None:
+    """Moves the staged files of a journal into the lake, but those that are there."""
+    staging = f"{lake}/_staging/{journal['run']}"
+    with ThreadPoolExecutor(16) as pool:
+        moves = (
+            pool.submit(move, spark, f"{staging}/{name}", f"{lake}/{name}")
+            for name in journal["staged"]
+        )
+        for moving in list(moves):
+            moving.result()
+
+
+def finish_publish(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None:
+    """Deletes what a journal says is replaced, the staging folder, then the journal."""
+    with ThreadPoolExecutor(16) as pool:
+        deletes = (
+            pool.submit(delete, spark, f"{lake}/{name}") for name in journal["replaced"]
+        )
+        for deleting in list(deletes):
+            deleting.result()
+    delete_empty_folders(spark, lake, journal["replaced"])
+    delete(spark, f"{lake}/_staging")
+    delete(spark, f"{lake}/_journal.json")
+
+
+def recover(spark: SparkSession, settings: Settings) -> None:
+    """Finishes the publish that a killed run had begun, or deletes what it had staged."""
+    lake = settings.output
+    if exists(spark, f"{lake}/_journal.json"):
+        journal = json.loads(read_text(spark, f"{lake}/_journal.json"))
+        move_staged(spark, lake, journal)
+        finish_publish(spark, lake, journal)
+        log.info("recover  finished publishing what run %s had checked", journal["run"])
+    elif exists(spark, f"{lake}/_staging"):
+        delete(spark, f"{lake}/_staging")
+        log.info("recover  deleted what an unfinished run had staged")
+    place = s3_place(lake)
+    if place:  # which keeps, and charges, the unfinished uploads of killed runs unseen
+        with s3_errors(lake):
+            client = s3_client(settings.aws)
+            pages = client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=place[0], Prefix=f"{place[1]}/_staging/".lstrip("/")
+            )
+            for upload in [u for page in pages for u in page.get("Uploads", ())]:
+                client.abort_multipart_upload(
+                    Bucket=place[0], Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+
+# --- Lock -----------------------------------------------------------------------------
+
+
+def create_if_absent(settings: Settings, uri: str, text: str) -> bool:
+    """Writes a small file unless there is one, atomically; returns whether it did."""
+    path, place = local_path(uri), s3_place(uri)
+    try:
+        if path:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        elif place:
+            with s3_errors(uri):
+                s3_client(settings.aws).put_object(
+                    Bucket=place[0], Key=place[1], Body=text.encode(), IfNoneMatch="*"
+                )
+        else:
+            files, hdfs_path = hadoop_path(start_spark(settings), uri)
+            with closing(files.create(hdfs_path, False)) as stream:
+                stream.write(bytearray(text.encode()))
+    except (FileExistsError, SettingsError, Py4JJavaError) as error:
+        if re.search("File.*Exists|PreconditionFailed|ConditionalRequest", repr(error)):
+            return False
+        raise
+    return True
+
+
+def read_lock(settings: Settings, uri: str) -> dict[str, Any]:
+    """Who holds a lock; {} where the lock is gone or its holder is just writing it."""
+    path, place = local_path(uri), s3_place(uri)
+    try:
+        if path:
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)
+        if place:
+            with s3_errors(uri):
+                where = {"Bucket": place[0], "Key": place[1]}
+                return json.load(s3_client(settings.aws).get_object(**where)["Body"])
+        return json.loads(read_text(start_spark(settings), uri))
+    except (FileNotFoundError, ValueError, SettingsError, Py4JJavaError):
+        return {}
+
+
+def delete_lock(settings: Settings, uri: str) -> None:
+    """Deletes a lock, and a local lake's folder where nothing else is in it."""
+    path, place = local_path(uri), s3_place(uri)
+    if path:
+        os.remove(path)
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(path))
+    elif place:
+        with s3_errors(uri):
+            s3_client(settings.aws).delete_object(Bucket=place[0], Key=place[1])
+    else:
+        delete(start_spark(settings), uri)
+
+
+def process_start(pid: int) -> str | None:
+    """What tells a process from a later one with its number; None if it has ended."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            state = file.read().rpartition(")")[2].split()
+        return None if state[0] in "ZX" else state[19]
+    except ProcessLookupError:
+        return None
+    except OSError:  # a process of another user, or a system without /proc
+        return "unknown"
+
+
+@contextmanager
+def hold_lock(settings: Settings, run_id: str) -> Iterator[None]:
+    """Keeps other runs from the lake while inside. Takes over the lock of a run that was
+    killed on this host, or any with --break-lock.
+
+    Raises RunError, naming the holder, when another run holds it.
+    """
+    uri, host, pid = f"{settings.output}/_lock", socket.gethostname(), os.getpid()
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    me = {"run": run_id, "host": host, "pid": pid, "started": started}
+    me["process_start"] = process_start(pid)
+    # Of several starts that find the same dead lock, one at a time may look at it.
+    guard = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        while not create_if_absent(settings, uri, json.dumps(me)):
+            other = read_lock(settings, uri)
+            dead = other.get("host") == host and (
+                process_start(other["pid"]) != other["process_start"]
+            )
+            if not (dead or settings.break_lock):
+                raise RunError(
+                    f"another run writes to {settings.output}: process "
+                    f"{other.get('pid')} on {other.get('host')}, since "
+                    f"{other.get('started')}: wait for its end; if it is dead, run with "
+                    "--break-lock"
+                )
+            log.info("lock     taken over from run %s", other.get("run"))
+            delete_lock(settings, uri)
+    finally:
+        os.close(guard)
+    try:
+        yield
+    finally:
+        if read_lock(settings, uri).get("run") == run_id:
+            delete_lock(settings, uri)
 
 
 # --- Report ---------------------------------------------------------------------------
 
 
-def describe_records(counts: dict[str | None, int]) -> dict[str, Any]:
-    """Records read, and rejected by reason, of what count_records found."""
-    rejected = {why: counts[why] for why in sorted(filter(None, counts))}
-    return {"read": sum(counts.values()), "rejected": rejected}
-
-
 def describe_tables(
     sizes: dict[str, int], rows: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Rows, files, bytes and seconds by table, of the files' sizes by path and more."""
-    found = {}
-    for table in TABLES:
-        of_table = [
-            size for name, size in sizes.items() if name.startswith(f"{table}/")
-        ]
-        found[table] = {
+    """Rows, files, bytes and seconds by table; `sizes` are bytes by a file's path."""
+    return {
+        table: {
             "rows": rows[table],
-            "files": len(of_table),
-            "bytes": sum(of_table),
+            "files": sum(name.startswith(f"{table}/") for name in sizes),
+            "bytes": sum(sizes[n] for n in sizes if n.startswith(f"{table}/")),
             "seconds": round(seconds[table], 1),
         }
-    return found
+        for table in TABLES
+    }
 
 
 def format_report(report: dict[str, Any]) -> str:
     """A report as a person reads it."""
     lines = [f"{'table':9} {'rows':>12} {'files':>7} {'kB':>12} {'seconds':>8}"]
     for table, of in report["tables"].items():
-        lines.append(
-            f"{table:9} {of['rows']:12,} {of['files']:7,} {of['bytes'] / 1000:12,.1f} "
-            f"{of['seconds']:8.1f}"
+        size = of["bytes"] / 1000
+        figures = (
+            f"{of['rows']:12,} {of['files']:7,} {size:12,.1f} {of['seconds']:8.1f}"
         )
+        lines.append(f"{table:9} {figures}")
     plays = report["plays"]
     for what, count in plays.items():
         share = "" if what == "all" else f"  {count / plays['all']:.1%}"
         lines.append(f"{'plays ' + what.replace('_', ' '):20} {count:>9,}{share}")
-    for kind in ("songs", "events"):
-        figures = report["records"][kind]
-        lines.append(f"{kind + ' read':20} {figures['read']:>9,}")
-        for why, count in figures["rejected"].items():
+    for kind, of in report["records"].items():
+        lines.append(f"{kind + ' read':20} {of['read']:>9,}")
+        for why, count in of["rejected"].items():
             lines.append(f"{kind + ' rejected':20} {count:>9,}  {why}")
     if "rejected" in report:
         lines.append(f"rejected   {report['rejected']}")
@@ -984,108 +1524,111 @@ def read_input(
         "events": (f"{folder}/log_data", EVENT_SCHEMA, event_rules),
     }
     with ThreadPoolExecutor(len(kinds)) as pool:
-        reading = {
-            kind: pool.submit(read_records, spark, *how) for kind, how in kinds.items()
-        }
-        records = {kind: frame.result() for kind, frame in reading.items()}
+        frames = {k: pool.submit(read_records, spark, *how) for k, how in kinds.items()}
+        records = {kind: frame.result() for kind, frame in frames.items()}
         counts = dict(zip(records, pool.map(count_records, records.values())))
     return records, counts
 
 
-def check_records(
-    spark: SparkSession,
-    records: dict[str, DataFrame],
-    counts: dict[str, dict[str | None, int]],
-    settings: Settings,
-    folder: str,
-) -> None:
-    """Keeps the bad records below a folder, as JSON: source_file, reason and raw text.
-
-    Raises RunError when more of the records are bad than --max-rejected allows, or when
-    one kind of them has none that is good.
-    """
-    read = sum(sum(of.values()) for of in counts.values())
-    bad = read - sum(of.get(None, 0) for of in counts.values())
-    if bad:
-        songs, events = (
-            frame.where(F.col("reason").isNotNull()).select(
-                "source_file", "reason", "raw"
-            )
-            for frame in records.values()
-        )
-        songs.unionByName(events).hint("rebalance").write.json(folder)
-    if bad > settings.max_rejected * read:
-        raise RunError(
-            f"{bad:,} of {read:,} records are bad, over --max-rejected "
-            f"{settings.max_rejected:g}, so nothing is published: see them in {folder}"
-        )
-    for kind, where in (("songs", "song_data"), ("events", "log_data")):
-        if not counts[kind].get(None):
-            raise RunError(f"no record in {settings.input}/{where}: check --input")
+def stage_rejected(records: dict[str, DataFrame], folder: str) -> None:
+    """Writes the bad records below a folder as JSON lines: source_file, reason, raw."""
+    frames = [frame.where(F.col("reason").isNotNull()) for frame in records.values()]
+    frames = [frame.select("source_file", "reason", "raw") for frame in frames]
+    reduce(DataFrame.unionAll, frames).hint("rebalance").write.json(folder)
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """A whole run: read, build, stage, check, publish. Returns its report."""
-    started = datetime.now(timezone.utc)
-    run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
-    lake, staging = settings.output, f"{settings.output}/_staging/{run_id}"
-    rejected = f"{lake}/_rejected/{run_id}"
-    clock = [time.monotonic()]
-
-    def log_step(step: str, what: str) -> None:
-        clock.append(time.monotonic())
-        log.info("%-8s %s (%.1f s)", step, what, clock[-1] - clock[-2])
-
+    """A whole run. Returns its report, which is in OUTPUT/_reports/ too."""
+    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     preflight(settings)
-    spark = start_spark(settings.debug)
-    log_step("start", f"Spark {spark.version} on {spark.sparkContext.master}")
+    with hold_lock(settings, run_id):
+        clock = [time.monotonic()]
+        spark = start_spark(settings)
+        log_step(
+            clock, "start", f"Spark {spark.version} on {spark.sparkContext.master}"
+        )
+        recover(spark, settings)
+        try:
+            return build_lake(spark, settings, run_id, clock)
+        except BaseException:
+            with suppress(Exception):  # what else fails now would hide the reason
+                if not exists(spark, f"{settings.output}/_journal.json"):
+                    delete(spark, f"{settings.output}/_staging")
+            raise
 
+
+def log_step(clock: list[float], step: str, what: str) -> None:
+    """Logs a step with the seconds since the one before."""
+    clock.append(time.monotonic())
+    log.info("%-8s %s (%.1f s)", step, what, clock[-1] - clock[-2])
+
+
+def build_lake(
+    spark: SparkSession, settings: Settings, run_id: str, clock: list[float]
+) -> dict[str, Any]:
+    """Read, build, stage, check, publish. Returns the report; raises RunError when the
+    input or the staged tables fail a check."""
+    lake, staging = settings.output, f"{settings.output}/_staging/{run_id}"
     records, counts = read_input(spark, settings.input)
-    described = {kind: describe_records(of) for kind, of in counts.items()}
-    log_step("read", ", ".join(f"{of['read']:,} {k}" for k, of in described.items()))
-    check_records(spark, records, counts, settings, rejected)
+    described = {
+        kind: {
+            "read": sum(of.values()),
+            "rejected": {why: of[why] for why in sorted(filter(None, of))},
+        }
+        for kind, of in counts.items()
+    }
+    read = sum(of["read"] for of in described.values())
+    bad = sum(sum(of["rejected"].values()) for of in described.values())
+    log_step(
+        clock, "read", ", ".join(f"{of['read']:,} {k}" for k, of in described.items())
+    )
+    rejected = f"_rejected/{run_id}"
+    if bad:
+        stage_rejected(records, f"{staging}/{rejected}")
+    if bad > settings.max_rejected * read:
+        publish(spark, lake, run_id, tables=())
+        raise RunError(
+            f"{bad:,} of {read:,} records are bad, over --max-rejected "
+            f"{settings.max_rejected:g}: no table is changed: see them in {lake}/{rejected}"
+        )
+    for kind, folder in (("songs", "song_data"), ("events", "log_data")):
+        if not counts[kind].get(None):
+            raise RunError(f"no record in {settings.input}/{folder}: check --input")
     raw_songs = records["songs"].where(F.col("reason").isNull())
     events = records["events"].where(F.col("reason").isNull())
     plays = events.where(is_play()).select(songplay_id()).distinct().count()
     if not plays:
         raise RunError(f"no play (page NextSong) in {settings.input}/log_data")
 
-    try:
-        seconds = stage_tables(spark, events, raw_songs, staging)
-        sizes = list_files(spark, staging)
-        log_step("stage", f"{len(sizes):,} files of {len(TABLES)} tables")
-        found = check_tables(spark, staging)
-        rows = found["rows"]
-        if rows["songplays"] != plays:
-            raise RunError(
-                f"check failed: songplays has {rows['songplays']:,} rows for {plays:,} plays"
-            )
-        log_step("check", f"{sum(rows.values()):,} rows, all keys unique and found")
-        publish(spark, lake, staging)
-        log_step("publish", lake)
-    finally:
-        discard(spark, lake, staging)
+    seconds = stage_tables(spark, events, raw_songs, staging)
+    sizes = list_files(spark, staging)
+    log_step(clock, "stage", f"{len(sizes):,} files")
+    checked = check_tables(spark, staging)
+    rows = checked["rows"]
+    if rows["songplays"] != plays:
+        raise RunError(
+            f"check failed: songplays has {rows['songplays']:,} rows, not {plays:,}, the "
+            "distinct plays of the input"
+        )
+    log_step(clock, "check", f"{sum(rows.values()):,} rows, all keys unique and found")
+    publish(spark, lake, run_id)
+    log_step(clock, "publish", lake)
     report = {
         "run": run_id,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(clock[-1] - clock[0], 1),
         "lake": lake,
+        "seconds": round(clock[-1] - clock[0], 1),
         "tables": describe_tables(sizes, rows, seconds),
         "plays": {
             "all": plays,
-            "with_song": found["plays_with"]["songs"],
-            "with_artist": found["plays_with"]["artists"],
+            "with_song": checked["plays_with"]["songs"],
+            "with_artist": checked["plays_with"]["artists"],
         },
         "records": described,
-        **(
-            {"rejected": rejected}
-            if any(of["rejected"] for of in described.values())
-            else {}
-        ),
+        **({"rejected": f"{lake}/{rejected}"} if bad else {}),
     }
-    write_text(
-        spark, f"{lake}/_reports/{run_id}.json", json.dumps(report, indent=2) + "\n"
-    )
+    text = json.dumps(report, indent=2) + "\n"
+    write_text(spark, lake, f"_reports/{run_id}.json", text)
+    delete(spark, f"{lake}/_staging")
     return report
 
 
@@ -1093,6 +1636,8 @@ def explain(error: BaseException) -> str:
     """An exception in one line: its first cause, and the file that it was about."""
     text = str(error).strip() or type(error).__name__  # of Ctrl-C: KeyboardInterrupt
     causes = re.findall(r"^(?:Caused by: |: )(.+)", text, re.MULTILINE)
+    if "Python worker" in text:
+        causes = re.findall(r"^[\w.]*(?:Error|Exception): .+", text, re.MULTILINE)
     about = re.search(r"while reading file (.+?\.json(\.gz)?)", text)
     line = causes[-1] if causes else text.splitlines()[0]
     return f"{about[1]}: {line}" if about else line
@@ -1104,18 +1649,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%X"
     )
     log.setLevel(logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    aws = Aws()
     try:
-        print(format_report(run(parse_settings(argv))))
+        settings = parse_settings(argv)
+        aws = settings.aws
+        print(format_report(run(settings)))
         return 0
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise  # of --help
-        code = 2 if isinstance(error, SettingsError) else 1
-        message = explain(error)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         if "--debug" in (sys.argv if argv is None else argv):
-            traceback.print_exc()
-    print(f"etl.py: error: {message}", file=sys.stderr)
-    return code
+            print(aws.hide_in(traceback.format_exc()), file=sys.stderr)
+        print(f"etl.py: error: {aws.hide_in(explain(error))}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
 
 
 if __name__ == "__main__":

@@ -177,21 +177,24 @@ def test_a_song(built_songs: list[tuple[Any, ...]], case: str) -> None:
 
 
 def test_songs_have_both_keys(built_songs: list[tuple[Any, ...]]) -> None:
-    assert sorted(row[0] for row in built_songs) == sorted(SONG_CASES)
+    assert {row[0] for row in built_songs} == set(SONG_CASES)
 
 
 # --- Artists --------------------------------------------------------------------------
 
 
 def artist(
-    name: str | None, location: str | None, latitude: float | None = 1.0
+    name: str | None,
+    location: str | None,
+    latitude: float | None = 1.0,
+    longitude: float | None = 2.0,
 ) -> Record:
     """A song record of an artist."""
     return song(
         artist_name=name,
         artist_location=location,
         artist_latitude=latitude,
-        artist_longitude=2.0,
+        artist_longitude=longitude,
     )
 
 
@@ -210,6 +213,14 @@ ARTIST_CASES = {
     "less incomplete beats shortest name": (
         [artist("Abe", None, None), artist("Abraham", "Rome", None)],
         ("Abraham", "Rome", None, 2.0),
+    ),
+    "missing latitude counts as a gap": (
+        [artist("Abe", "Rome", None), artist("Abraham", "Rome")],
+        ("Abraham", "Rome", 1.0, 2.0),
+    ),
+    "missing longitude counts as a gap": (
+        [artist("Abe", "Rome", 1.0, None), artist("Abraham", "Rome")],
+        ("Abraham", "Rome", 1.0, 2.0),
     ),
     "empty string counts as a gap": (
         [artist("Abe", ""), artist("Abraham", "Rome")],
@@ -253,7 +264,7 @@ def test_an_artist(built_artists: list[tuple[Any, ...]], case: str) -> None:
 def test_artists_are_those_of_songs_with_both_keys(
     built_artists: list[tuple[Any, ...]],
 ) -> None:
-    assert sorted(row[0] for row in built_artists) == sorted(ARTIST_CASES)
+    assert {row[0] for row in built_artists} == set(ARTIST_CASES)
 
 
 # --- Users ----------------------------------------------------------------------------
@@ -322,7 +333,7 @@ def test_a_user(built_users: list[tuple[Any, ...]], case: str) -> None:
 
 
 def test_logged_out_events_give_no_user(built_users: list[tuple[Any, ...]]) -> None:
-    assert sorted(row[0] for row in built_users) == sorted(USER_CASES)
+    assert {row[0] for row in built_users} == set(USER_CASES)
 
 
 # --- Time -----------------------------------------------------------------------------
@@ -372,6 +383,8 @@ CATALOGUE = [
     ("N2", "Rainbow", "A6", "Nirvana", 300.0),
     ("N3", "Same", "A5", "Nirvana", 100.0),
     ("N4", "Same", "A6", "Nirvana", 300.0),
+    ("N5", "Twin", "A6", "Nirvana", 300.0),
+    ("N6", "Twin", "A5", "Nirvana", 300.0),
     # Incomplete ones.
     ("X1", None, "A1", "Adele", 300.0),
     ("X2", "", "A1", "Adele", 300.0),
@@ -399,6 +412,7 @@ MATCH_CASES = {
     "one song, no duration": (("Any length", "Band", 300.0), ("L5", "A3")),
     "nearest duration, shorter": (("Long", "Band", 219.0), ("L3", "A3")),
     "nearest duration, longer": (("Long", "Band", 180.0), ("L3", "A3")),
+    "nearest duration, however far": (("Long", "Band", 999.0), ("L2", "A3")),
     "smallest song_id of as near": (("Long", "Band", 250.0), ("L2", "A3")),
     "smallest song_id without a length": (("Long", "Band", None), ("L1", "A3")),
     "artist's name on that song": (("One", "Kanye", 300.0), ("K1", "A4")),
@@ -406,6 +420,7 @@ MATCH_CASES = {
     "artist's second name alone": (("Three", "Ye", 300.0), (None, "A4")),
     "one namesake's song": (("Lithium", "Nirvana", 300.0), ("N1", "A5")),
     "both namesakes' song": (("Same", "Nirvana", 290.0), ("N4", "A6")),
+    "both namesakes' song, as near": (("Twin", "Nirvana", 290.0), ("N5", "A6")),
     "namesakes alone": (("Polly", "Nirvana", 300.0), (None, None)),
     "no artist name": (("Nameless", None, 300.0), (None, None)),
     "empty artist name": (("Nameless", "", 300.0), (None, None)),

@@ -88,7 +88,7 @@ def split(content: str | bytes) -> list[Record]:
             ['{"a": 1}', '{"a": 2}', '{"a": 3}'],
             id="arrays among the lines",
         ),
-        pytest.param('[{"a": "é"}]', ['{"a": "é"}'], id="array with an accent"),
+        pytest.param('[{"a": "é"}]', ['{"a": "\\u00e9"}'], id="array with an accent"),
         pytest.param(
             '{"a": "} { ] [ \\" \\\\"} {"a": 2}',
             ['{"a": "} { ] [ \\" \\\\"}', '{"a": 2}'],
@@ -147,6 +147,26 @@ def test_splitter_finds_each_object(content: str | bytes, records: list[str]) ->
             '{\n  "a": 1,\n{"a": 2}',
             [('{\n  "a": 1,', NOT_JSON), ('{"a": 2}', None)],
             id="pretty-printed, cut off before a line",
+        ),
+        pytest.param(
+            '[{"a": "\\ud800"}]',
+            [('{"a": "\\ud800"}', None)],
+            id="array of an object with half a surrogate pair",
+        ),
+        pytest.param(
+            b'[{"a": "\xff"}]',
+            [('[{"a": "\\xff"}]', "not UTF-8")],
+            id="array with invalid UTF-8",
+        ),
+        pytest.param(
+            '{"a": "' + "x" * 200_000 + '"}{"a": 2}',
+            [('{"a": "' + "x" * 200_000 + '"}', None), ('{"a": 2}', None)],
+            id="long object before another",
+        ),
+        pytest.param(
+            '{\n  "a": 1,\n  {"a": 2}',
+            [('{\n  "a": 1,', NOT_JSON), ('{"a": 2}', None)],
+            id="pretty-printed, cut off before an indented line",
         ),
         pytest.param(
             '{"a": 1} foo\n{"a": 2}',
