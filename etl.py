@@ -517,13 +517,13 @@ NOT_NEEDED = (
 )
 
 
-def s3_packages() -> tuple[list[str], list[str]]:
+def s3_packages(jars: str | None = None) -> tuple[list[str], list[str]]:
     """Maven packages that give the Spark at hand S3A with its magic committer, and what
     to exclude of them. Both are empty for a Spark that brings its own S3A.
 
     For a Hadoop not in SDK_MODULES: hadoop-aws with its whole bundle, no committer.
     """
-    jars = os.path.join(os.path.dirname(pyspark.__file__), "jars")
+    jars = jars or os.path.join(os.path.dirname(pyspark.__file__), "jars")
     names = os.listdir(jars) if os.path.isdir(jars) else []
     hadoop = next((n for n in names if n.startswith("hadoop-client-api-")), None)
     if hadoop is None or any(name.startswith("hadoop-aws-") for name in names):
@@ -636,7 +636,9 @@ def configure_s3(spark: SparkSession, aws: Aws) -> None:
         return loader.getResource(name.replace(".", "/") + ".class") is not None
 
     if not has_class("org.apache.hadoop.fs.s3a.S3AFileSystem"):
-        packages, excludes = s3_packages()
+        # Under spark-submit pyspark is a zip below SPARK_HOME, without jars of its own.
+        home = os.environ.get("SPARK_HOME", os.path.dirname(pyspark.__file__))
+        packages, excludes = s3_packages(os.path.join(home, "jars"))
         raise SettingsError(
             "this Spark has no S3A: add to spark-submit --packages "
             f"{','.join(packages)} --exclude-packages '{','.join(excludes)}'"

@@ -717,3 +717,28 @@ def test_registry_that_cannot_be_reached_is_told_with_a_way_out(
     assert (done.returncode, done.stdout) == (2, "")
     assert "org.apache.hadoop:hadoop-aws:" in line
     assert "--jars" in line
+
+
+def test_spark_submit_without_s3a_is_told_the_packages_to_pass(
+    server: Server, source: str
+) -> None:
+    spark_submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    done = subprocess.run(
+        [
+            str(spark_submit),
+            "--master=local[2]",
+            *command(server.config(), f"--input=s3a://{source}/in")[1:],
+        ],
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    printed = done.stdout.splitlines()  # where spark-submit sends Python's stderr too
+    (line,) = (text for text in printed if text.startswith("etl.py: error: "))
+    packages, excludes = etl.s3_packages()
+    assert done.returncode == 2
+    assert f"--packages {','.join(packages)} " in line
+    assert f"--exclude-packages '{','.join(excludes)}'" in line
+    assert not Path("lake").exists()
