@@ -5,6 +5,7 @@ Every expected value was counted or looked up in data_sample by hand.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 TABLES = ("songplays", "users", "songs", "artists", "time")
 
@@ -401,3 +403,22 @@ def test_users_are_as_their_latest_event_has_them(
     assert ask(db, "SELECT DISTINCT level FROM songplays WHERE user_id = '92'") == [
         ("free",)
     ]
+
+
+def test_queries_of_the_readme_run_as_written(
+    lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lake.parent)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    songs, artists, locations, hours = (
+        duckdb.sql(query).fetchall()
+        for query in re.findall(r"```sql\n(.*?)```", readme, re.DOTALL)
+    )
+    assert songs[0] == ("Dunk Me Twice", "The Biscuit Cartel", 15)
+    assert [row[:2] for row in artists[:3]] == [
+        ("The Biscuit Cartel", 76),
+        ("Señora Tornado", 40),
+        ("Admiral Otter", 32),
+    ]
+    assert len(locations) == 10
+    assert sum(free + paid for _, free, paid in hours) == 744
