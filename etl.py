@@ -36,6 +36,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import reduce
+from itertools import repeat
 from typing import Any, Callable
 
 try:
@@ -1320,22 +1321,16 @@ def move_staged(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None
     """Moves the staged files of a journal into the lake, but those that are there."""
     staging = f"{lake}/_staging/{journal['run']}"
     with ThreadPoolExecutor(16) as pool:
-        moves = (
-            pool.submit(move, spark, f"{staging}/{name}", f"{lake}/{name}")
-            for name in journal["staged"]
-        )
-        for moving in list(moves):
-            moving.result()
+        sources = [f"{staging}/{name}" for name in journal["staged"]]
+        targets = [f"{lake}/{name}" for name in journal["staged"]]
+        list(pool.map(move, repeat(spark), sources, targets))
 
 
 def finish_publish(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None:
     """Deletes what a journal says is replaced, the staging folder, then the journal."""
     with ThreadPoolExecutor(16) as pool:
-        deletes = (
-            pool.submit(delete, spark, f"{lake}/{name}") for name in journal["replaced"]
-        )
-        for deleting in list(deletes):
-            deleting.result()
+        replaced = [f"{lake}/{name}" for name in journal["replaced"]]
+        list(pool.map(delete, repeat(spark), replaced))
     delete_empty_folders(spark, lake, journal["replaced"])
     delete(spark, f"{lake}/_staging")
     delete(spark, f"{lake}/_journal.json")
@@ -1386,7 +1381,10 @@ def create_if_absent(settings: Settings, uri: str, text: str) -> bool:
             with closing(files.create(hdfs_path, False)) as stream:
                 stream.write(bytearray(text.encode()))
     except (FileExistsError, SettingsError, Py4JJavaError) as error:
-        if re.search("File.*Exists|PreconditionFailed|ConditionalRequest", repr(error)):
+        shown = (
+            f"{error!r} {error}"  # of a Java exception only the latter has the class
+        )
+        if re.search("File.*Exists|PreconditionFailed|ConditionalRequest", shown):
             return False
         raise
     return True
