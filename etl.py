@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,15 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import reduce
-from itertools import repeat
-from typing import Any, Callable
+from glob import glob
+from importlib.util import find_spec
+from typing import Any, Callable, Union
 
+SPARK_HOME = os.environ.get("SPARK_HOME", "/usr/lib/spark")
+if not find_spec("pyspark"):  # as on a node of EMR: a Spark home has its own
+    sys.path += [f"{SPARK_HOME}/python", *glob(f"{SPARK_HOME}/python/lib/py4j-*.zip")]
+    if os.path.isdir(SPARK_HOME):
+        os.environ.setdefault("SPARK_HOME", SPARK_HOME)
 try:
     import pyspark
     from py4j.protocol import Py4JJavaError
@@ -49,7 +56,8 @@ try:
     from pyspark.sql import functions as F
 except ModuleNotFoundError as error:
     print(
-        f"etl.py: error: {error.name} is missing: run pip install -r requirements.txt",
+        f"etl.py: error: {error.name} is missing: run pip install -r requirements.txt, "
+        "or set SPARK_HOME",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -391,8 +399,8 @@ S3_ADVICE = {
 }
 
 
-def s3_client(aws: Aws) -> Any:
-    """A boto3 client for S3 that gives up within seconds."""
+def s3_client(aws: Aws, patient: bool = False) -> Any:
+    """A boto3 client for S3 that gives up within seconds, unless it is patient."""
     import boto3
     from botocore.config import Config
 
@@ -405,9 +413,10 @@ def s3_client(aws: Aws) -> Any:
         region_name=aws.region,
         endpoint_url=aws.endpoint,
         config=Config(
-            connect_timeout=2,
-            read_timeout=4,
-            retries={"total_max_attempts": 2},
+            connect_timeout=10 if patient else 2,
+            read_timeout=300 if patient else 4,
+            retries={"total_max_attempts": 5 if patient else 2},
+            max_pool_connections=32,
             s3=style,
         ),
     )
@@ -416,8 +425,10 @@ def s3_client(aws: Aws) -> Any:
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
     """Turns what boto3 raises inside into a SettingsError that says what to change."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ModuleNotFoundError as error:
+        raise SettingsError("S3 needs boto3: run pip install boto3") from error
     try:
         yield
     except ClientError as error:
@@ -425,6 +436,7 @@ def s3_errors(uri: str) -> Iterator[None]:
         advice = S3_ADVICE.get(code)
         if code in ("AccessDenied", "403", "Forbidden"):
             action = error.operation_name.replace("ListObjectsV2", "ListBucket")
+            action = action.replace("Copy", "Put").replace("Objects", "Object")
             advice = f"access denied: allow these credentials s3:{action} there"
         raise SettingsError(f"{uri}: {advice or explain(error)}") from error
     except BotoCoreError as error:
@@ -686,7 +698,10 @@ def configure_s3(spark: SparkSession, aws: Aws) -> None:
 
 # One JSON object that holds no other and no array, in valid UTF-8 (to Java a wrong byte
 # is U+FFFD). Possessive quantifiers, so that long strings can't overflow Java's stack.
-FLAT_OBJECT = r'^\s*\{(?:[^"{}\[\]\x{FFFD}]++|"(?:[^"\\\x{FFFD}]++|\\.)*+")*+\}\s*$'
+# Java's \s and $ would take more than JSON's white space around it.
+FLAT_OBJECT = (
+    r'^[ \t]*\{(?:[^"{}\[\]\x{FFFD}]++|"(?:[^"\\\x{FFFD}]++|\\.)*+")*+\}[ \t]*\z'
+)
 JSON_OPTIONS = {
     "columnNameOfCorruptRecord": "_corrupt",
     "allowSingleQuotes": "false",
@@ -769,7 +784,9 @@ def parse_records(pieces: DataFrame, schema: str, rules: Column) -> DataFrame:
     """
     parsed = F.from_json("raw", f"{schema}, _corrupt string", JSON_OPTIONS)
     parsed = pieces.withColumn("record", parsed).select("*", "record.*")
-    is_json = F.get_json_object("raw", "$").isNotNull()
+    # Not by get_json_object, which takes single quotes and control characters.
+    any_json = F.from_json("raw", "_ string, _corrupt string", JSON_OPTIONS)
+    is_json = any_json["_corrupt"].isNull()
     too_large = [
         F.abs(F.col(name)) == math.inf for name in re.findall(r"(\w+) double", schema)
     ]
@@ -825,6 +842,7 @@ def record_splitter(
     """
     blank = " \t\n\ufeff"  # the last is a byte order mark, which may come in mid-file
     blanks, line = re.compile(f"[{blank}]*"), re.compile(".*")
+    separated = re.compile(r"[ \t\ufeff]*(?:[{\n]|\Z)")
     cut_off = re.compile(r'\{[ \t]*(?:\n(?:[ \t"}\]].*)?)+')
 
     def parse(text: str, start: int = 0) -> tuple[Any, int]:
@@ -860,12 +878,11 @@ def record_splitter(
         start = blanks.match(text).end()
         while start < len(text):
             value, end = parse(text, start)
-            rest = line.match(text, end)
             if end == start:
-                end = (cut_off.match(text, start) or rest).end()
-            elif rest[0].strip() and not rest[0].lstrip().startswith("{"):
-                value, end = None, rest.end()
-            raw, problem = judge(text[start:end].rstrip(), value)
+                end = (cut_off.match(text, start) or line.match(text, start)).end()
+            elif not separated.match(text, end):
+                value, end = None, line.match(text, end).end()
+            raw, problem = judge(text[start:end].rstrip(blank), value)
             if problem == "not a JSON object" and is_array_of_objects(value):
                 yield from (judge(json.dumps(item), item) for item in value)
             else:
@@ -875,7 +892,8 @@ def record_splitter(
     def split(content: bytes) -> list[tuple[str, str | None]]:
         content = bytes(content)
         if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+            with suppress(EOFError, OSError, zlib.error):  # only looks like gzip
+                content = gzip.decompress(content)
         text = content.decode("utf-8", "surrogateescape")
         text = re.sub("\r\n?", "\n", text).strip(blank)
         found, unclear = [], []
@@ -1147,18 +1165,24 @@ def check_tables(spark: SparkSession, folder: str) -> dict[str, dict[str, int]]:
         except AnalysisException as error:  # Parquet files are what has the columns
             raise RunError(f"check failed: table {table} has no file") from error
 
-    def keys(table: str, column: str, owner: str) -> DataFrame:
-        return tables[table].select(
-            F.lit(owner).alias("owner"),
-            F.col(column).cast("string").alias("key"),
-            F.lit(table).alias("holder"),
-        )
+    def keys(table: str) -> DataFrame:  # of one scan: owner, key, holder
+        columns = [(TABLES[table].key, table)]
+        columns += [
+            (column, owner) for of, column, owner in FOREIGN_KEYS if of == table
+        ]
+        pairs = [
+            F.struct(
+                F.lit(owner).alias("owner"), F.col(name).cast("string").alias("key")
+            )
+            for name, owner in columns
+        ]
+        pair = F.explode(F.array(*pairs)).alias("pair")
+        keys = tables[table].select(pair).select("pair.*", F.lit(table).alias("holder"))
+        return keys.where(F.col("key").isNotNull() | (F.col("owner") == table))
 
-    owned = [keys(table, TABLES[table].key, table) for table in TABLES]
-    foreign = [keys(*key).where(F.col("key").isNotNull()) for key in FOREIGN_KEYS]
     is_owner = F.col("holder") == F.col("owner")
     by_key = (
-        reduce(DataFrame.unionAll, owned + foreign)
+        reduce(DataFrame.unionAll, map(keys, TABLES))
         .groupBy("owner", "key")
         .agg(
             F.count(F.when(is_owner, 1)).alias("rows"),
@@ -1196,228 +1220,310 @@ def check_tables(spark: SparkSession, folder: str) -> dict[str, dict[str, int]]:
     }
 
 
+# --- Files ----------------------------------------------------------------------------
+
+# What publishing and locking do with a lake's files, by their names from its root. Three
+# kinds with the same methods: on S3, Hadoop's renaming costs ten requests a file.
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files of a lake on local disk."""
+
+    root: str
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The bytes of each file at any depth below a folder, by its path from there."""
+        top = os.path.join(self.root, folder)
+        paths = [
+            os.path.join(parent, name)
+            for parent, _, names in os.walk(top)
+            for name in names
+            if not name.startswith(".")  # Hadoop's checksums
+        ]
+        return {os.path.relpath(path, top): os.path.getsize(path) for path in paths}
+
+    def read(self, name: str) -> str | None:
+        """The text of a small file; None if it isn't there."""
+        try:
+            with open(f"{self.root}/{name}", encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def create(self, name: str, text: str) -> bool:
+        """Writes a small file unless there is one; returns whether it did."""
+        os.makedirs(os.path.dirname(f"{self.root}/{name}"), exist_ok=True)
+        try:
+            with open(f"{self.root}/{name}", "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def move(self, source: str, target: str) -> None:
+        """Renames a file. (On S3 the source may stay.)"""
+        os.makedirs(os.path.dirname(f"{self.root}/{target}"), exist_ok=True)
+        os.replace(f"{self.root}/{source}", f"{self.root}/{target}")
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Deletes files that are there, and the folders that this leaves empty."""
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.remove(f"{self.root}/{name}")
+            with suppress(OSError):
+                while name:
+                    name = os.path.dirname(name)
+                    os.rmdir(f"{self.root}/{name}")
+
+    def delete_folder(self, name: str) -> None:
+        """Deletes a folder with all that is in it, if it is there."""
+        if os.path.exists(f"{self.root}/{name}"):
+            shutil.rmtree(f"{self.root}/{name}")
+
+
+@dataclass(frozen=True)
+class S3Files:
+    """The files of a lake in a bucket, by boto3: an object has no folder to make."""
+
+    client: Any
+    bucket: str
+    root: str  # of each key; "" or with a last slash
+
+    def call(self, operation: str, **parameters: Any) -> Any:
+        """Does a request; raises SettingsError when it is refused."""
+        with s3_errors(f"s3a://{self.bucket}/{parameters.get('Key', self.root)}"):
+            return getattr(self.client, operation)(Bucket=self.bucket, **parameters)
+
+    def entries(self, operation: str, what: str, folder: str) -> list[dict[str, Any]]:
+        """What a paged listing finds below a folder."""
+        with s3_errors(f"s3a://{self.bucket}/{self.root}{folder}"):
+            pages = self.client.get_paginator(operation).paginate(
+                Bucket=self.bucket, Prefix=f"{self.root}{folder}/"
+            )
+            return [entry for page in pages for entry in page.get(what, ())]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        start = len(f"{self.root}{folder}/")
+        found = self.entries("list_objects_v2", "Contents", folder)
+        # A folder's marker ends with a slash.
+        files = (of for of in found if not of["Key"].endswith("/"))
+        return {of["Key"][start:]: of["Size"] for of in files}
+
+    def read(self, name: str) -> str | None:
+        try:
+            found = self.call("get_object", Key=self.root + name)
+            return found["Body"].read().decode()
+        except SettingsError as error:
+            if "NoSuchKey" in str(error.__cause__):
+                return None
+            raise
+
+    def create(self, name: str, text: str) -> bool:
+        try:
+            key = self.root + name
+            self.call("put_object", Key=key, Body=text.encode(), IfNoneMatch="*")
+        except SettingsError as error:
+            if re.search("PreconditionFailed|Conditional", str(error.__cause__)):
+                return False
+            raise
+        return True
+
+    def move(self, source: str, target: str) -> None:
+        source = {"Bucket": self.bucket, "Key": self.root + source}
+        self.call("copy_object", Key=self.root + target, CopySource=source)
+
+    def delete(self, names: Sequence[str]) -> None:
+        keys = [{"Key": self.root + name} for name in names]
+        for start in range(0, len(keys), 1000):
+            some = {"Objects": keys[start : start + 1000], "Quiet": True}
+            for error in self.call("delete_objects", Delete=some).get("Errors", ()):
+                raise RunError(
+                    f"{error.get('Key')} can't be deleted: {error.get('Code')}"
+                )
+
+    def delete_folder(self, name: str) -> None:
+        start = len(self.root)
+        found = self.entries("list_objects_v2", "Contents", name)
+        self.delete([of["Key"][start:] for of in found])
+        # S3 keeps, and charges, the unfinished uploads of killed runs unseen.
+        for upload in self.entries("list_multipart_uploads", "Uploads", name):
+            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            self.call("abort_multipart_upload", **which)
+
+
+@dataclass(frozen=True)
+class HadoopFiles:
+    """The files of a lake on HDFS or another file system that Hadoop knows."""
+
+    spark: SparkSession
+    root: str
+
+    def path(self, name: str) -> tuple[Any, Any]:
+        """Hadoop's FileSystem and Path of a file."""
+        path = self.spark._jvm.org.apache.hadoop.fs.Path(f"{self.root}/{name}")
+        return path.getFileSystem(self.spark._jsc.hadoopConfiguration()), path
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        fs, path = self.path(folder)
+        if not fs.exists(path):
+            return {}
+        start, sizes = len(fs.makeQualified(path).toString()) + 1, {}
+        found = fs.listFiles(path, True)
+        while found.hasNext():
+            status = found.next()
+            sizes[status.getPath().toString()[start:]] = status.getLen()
+        return sizes
+
+    def read(self, name: str) -> str | None:
+        fs, path = self.path(name)
+        if not fs.exists(path):
+            return None
+        with closing(fs.open(path)) as stream:
+            return self.spark._jvm.org.apache.commons.io.IOUtils.toString(
+                stream, "UTF-8"
+            )
+
+    def create(self, name: str, text: str) -> bool:
+        fs, path = self.path(name)
+        try:
+            with closing(fs.create(path, False)) as stream:
+                stream.write(bytearray(text.encode()))
+        except Py4JJavaError as error:
+            if "AlreadyExists" in str(error):  # the Java exception's class
+                return False
+            raise
+        return True
+
+    def move(self, source: str, target: str) -> None:
+        fs, path = self.path(source)
+        _, target_path = self.path(target)
+        fs.mkdirs(target_path.getParent())
+        if not fs.rename(path, target_path):
+            raise RunError(f"{self.root}/{target} can't be written: renaming failed")
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            fs, path = self.path(name)
+            fs.delete(path, False)
+        for folder in {os.path.dirname(name) for name in names}:
+            while folder:
+                fs, path = self.path(folder)
+                if fs.exists(path):
+                    if len(fs.listStatus(path)):
+                        break
+                    fs.delete(path, False)
+                folder = os.path.dirname(folder)
+
+    def delete_folder(self, name: str) -> None:
+        fs, path = self.path(name)
+        fs.delete(path, True)
+
+
+Files = Union[LocalFiles, S3Files, HadoopFiles]
+
+
+def lake_files(settings: Settings) -> Files:
+    """The files of OUTPUT. Neither local disk nor S3 needs Spark's slow start."""
+    path, place = local_path(settings.output), s3_place(settings.output)
+    if path:
+        return LocalFiles(path)
+    if place:
+        client = s3_client(settings.aws, patient=True)
+        return S3Files(client, place[0], f"{place[1]}/".lstrip("/"))
+    return HadoopFiles(start_spark(settings), settings.output)
+
+
 # --- Publish --------------------------------------------------------------------------
 
 OWN_FILE = re.compile(r"(.*/)?part-[^/]*\.parquet")  # what a run writes into a table
 
 
-def hadoop_path(spark: SparkSession, uri: str) -> tuple[Any, Any]:
-    """The Hadoop FileSystem and Path of a URI: local disk, HDFS and S3 work alike."""
-    path = spark._jvm.org.apache.hadoop.fs.Path(uri)
-    return path.getFileSystem(spark._jsc.hadoopConfiguration()), path
-
-
-def exists(spark: SparkSession, uri: str) -> bool:
-    """Whether there is such a file or folder."""
-    files, path = hadoop_path(spark, uri)
-    return files.exists(path)
-
-
-def list_files(spark: SparkSession, folder: str) -> dict[str, int]:
-    """The bytes of each file at any depth below a folder, by its path from there."""
-    files, path = hadoop_path(spark, folder)
-    if not files.exists(path):
-        return {}
-    root, sizes = files.makeQualified(path).toString(), {}
-    found = files.listFiles(path, True)
-    while found.hasNext():
-        status = found.next()
-        sizes[status.getPath().toString()[len(root) + 1 :]] = status.getLen()
-    return sizes
-
-
-def write_text(spark: SparkSession, lake: str, name: str, text: str) -> None:
-    """Writes a new small file of a lake, which is there whole or not at all."""
-    # On S3 an object comes with its last byte; elsewhere renaming is what is atomic.
-    draft = f"{lake}/{name}" if s3_place(lake) else f"{lake}/_staging/{name}"
-    files, path = hadoop_path(spark, draft)
-    with closing(files.create(path, True)) as stream:
-        stream.write(bytearray(text.encode()))
-    if draft != f"{lake}/{name}":
-        move(spark, draft, f"{lake}/{name}")
-
-
-def read_text(spark: SparkSession, uri: str) -> str:
-    """The text of a small file."""
-    files, path = hadoop_path(spark, uri)
-    with closing(files.open(path)) as stream:
-        return spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
-
-
-def move(spark: SparkSession, source: str, target: str) -> None:
-    """Renames a file, unless it was renamed before."""
-    files, path = hadoop_path(spark, source)
-    _, target_path = hadoop_path(spark, target)
-    try:
-        if not s3_place(target):  # where a folder is but a part of the name
-            files.mkdirs(target_path.getParent())
-        if files.rename(path, target_path):
-            return
-        reason = "renaming failed"
-    except Py4JJavaError as error:
-        reason = explain(error)
-    if not files.exists(target_path):
-        raise RunError(f"{target} can't be written: {reason}")
-
-
-def delete(spark: SparkSession, uri: str) -> None:
-    """Deletes a file, or a folder with all that is in it, if it is there."""
-    files, path = hadoop_path(spark, uri)
-    files.delete(path, True)
-
-
-def delete_empty_folders(spark: SparkSession, lake: str, names: Sequence[str]) -> None:
-    """Deletes the folders of a lake that held these files as far as they are empty."""
-    for folder in {os.path.dirname(name) for name in names}:
-        while folder:
-            files, path = hadoop_path(spark, f"{lake}/{folder}")
-            if files.exists(path):
-                if len(files.listStatus(path)):
-                    break
-                files.delete(path, False)
-            folder = os.path.dirname(folder)
-
-
 def publish(
-    spark: SparkSession, lake: str, run_id: str, tables: Sequence[str] = tuple(TABLES)
+    files: Files, run_id: str, staged: Sequence[str], tables: Sequence[str]
 ) -> None:
-    """Moves what a run has staged into the lake, then deletes the files of the tables
-    that it replaces.
+    """Moves a run's staged files into the lake, then deletes the files that the tables
+    had.
 
-    A journal of both is written first. When moving fails, the files go back; when the run
-    is killed, the next start finds the journal and finishes. Each file has a name of its
-    own: a reader sees old rows, new rows or both, never fewer. Files that no run has
-    written stay.
+    A journal of both is written first. When moving fails, what was moved is deleted;
+    when the run is killed, the next start finds the journal and finishes. Each file has a
+    name of its own: a reader sees old rows, new rows or both, never fewer. Files that no
+    run has written stay.
     """
-    staging = f"{lake}/_staging/{run_id}"
-    staged = list(list_files(spark, staging))
     replaced = [
         f"{table}/{name}"
         for table in tables
-        for name in list_files(spark, f"{lake}/{table}")
+        for name in files.sizes(table)
         if OWN_FILE.fullmatch(name)
     ]
-    journal = {"run": run_id, "staged": staged, "replaced": replaced}
+    journal = {"run": run_id, "staged": list(staged), "replaced": replaced}
     outcome = "the tables are as they were"
     try:
-        write_text(spark, lake, "_journal.json", json.dumps(journal))
+        write_journal(files, journal)
         outcome = "the next start of etl.py finishes it"
         try:
-            move_staged(spark, lake, journal)
+            move_staged(files, run_id, staged)
         except BaseException:
-            for name in staged:
-                if exists(spark, f"{lake}/{name}"):
-                    move(spark, f"{lake}/{name}", f"{staging}/{name}")
-            delete_empty_folders(spark, lake, staged)
-            delete(spark, f"{lake}/_journal.json")
+            # Not moved back: deleting is still allowed where writing is no more.
+            clean_up(files, staged)
             outcome = "the tables are as they were"
             raise
-        finish_publish(spark, lake, journal)
+        clean_up(files, replaced)
     except (Exception, KeyboardInterrupt) as error:
         raise RunError(f"publishing failed, {outcome}: {explain(error)}") from error
 
 
-def move_staged(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None:
-    """Moves the staged files of a journal into the lake, but those that are there."""
-    staging = f"{lake}/_staging/{journal['run']}"
-    with ThreadPoolExecutor(16) as pool:
-        sources = [f"{staging}/{name}" for name in journal["staged"]]
-        targets = [f"{lake}/{name}" for name in journal["staged"]]
-        list(pool.map(move, repeat(spark), sources, targets))
+def write_journal(files: Files, journal: dict[str, Any]) -> None:
+    """Writes the journal, which is there whole or not at all."""
+    text = json.dumps(journal)
+    files.create("_staging/_journal.json", text)
+    files.move("_staging/_journal.json", "_journal.json")
 
 
-def finish_publish(spark: SparkSession, lake: str, journal: dict[str, Any]) -> None:
-    """Deletes what a journal says is replaced, the staging folder, then the journal."""
-    with ThreadPoolExecutor(16) as pool:
-        replaced = [f"{lake}/{name}" for name in journal["replaced"]]
-        list(pool.map(delete, repeat(spark), replaced))
-    delete_empty_folders(spark, lake, journal["replaced"])
-    delete(spark, f"{lake}/_staging")
-    delete(spark, f"{lake}/_journal.json")
+def move_staged(files: Files, run_id: str, names: Sequence[str]) -> None:
+    """Moves these staged files of a run into the lake."""
+    with ThreadPoolExecutor(32) as pool:
+        staged = (f"_staging/{run_id}/{name}" for name in names)
+        list(pool.map(files.move, staged, names))
 
 
-def recover(spark: SparkSession, settings: Settings) -> None:
+def clean_up(files: Files, names: Sequence[str]) -> None:
+    """Deletes files of the lake, the staging folder and at last the journal."""
+    files.delete(names)
+    files.delete_folder("_staging")
+    files.delete(["_journal.json"])
+
+
+def recover(files: Files) -> None:
     """Finishes the publish that a killed run had begun, or deletes what it had staged."""
-    lake = settings.output
-    if exists(spark, f"{lake}/_journal.json"):
-        journal = json.loads(read_text(spark, f"{lake}/_journal.json"))
-        move_staged(spark, lake, journal)
-        finish_publish(spark, lake, journal)
-        log.info("recover  finished publishing what run %s had checked", journal["run"])
-    elif exists(spark, f"{lake}/_staging"):
-        delete(spark, f"{lake}/_staging")
+    text = files.read("_journal.json")
+    if text:
+        journal = json.loads(text)
+        run_id, names = journal["run"], journal["staged"]
+        staged = files.sizes(f"_staging/{run_id}")
+        folders = {name.split("/")[0] for name in names}
+        there = {f"{folder}/{n}" for folder in folders for n in files.sizes(folder)}
+        if there.issuperset(name for name in names if name not in staged):
+            move_staged(files, run_id, [name for name in names if name in staged])
+            clean_up(files, journal["replaced"])
+            log.info("recover  finished publishing what run %s had checked", run_id)
+        else:  # They were being deleted, because moving had failed.
+            clean_up(files, names)
+            log.info("recover  undid what run %s had begun to publish", run_id)
+    elif files.sizes("_staging"):
         log.info("recover  deleted what an unfinished run had staged")
-    place = s3_place(lake)
-    if place:  # which keeps, and charges, the unfinished uploads of killed runs unseen
-        with s3_errors(lake):
-            client = s3_client(settings.aws)
-            pages = client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=place[0], Prefix=f"{place[1]}/_staging/".lstrip("/")
-            )
-            for upload in [u for page in pages for u in page.get("Uploads", ())]:
-                client.abort_multipart_upload(
-                    Bucket=place[0], Key=upload["Key"], UploadId=upload["UploadId"]
-                )
+    files.delete_folder("_staging")
 
 
 # --- Lock -----------------------------------------------------------------------------
 
 
-def create_if_absent(settings: Settings, uri: str, text: str) -> bool:
-    """Writes a small file unless there is one, atomically; returns whether it did."""
-    path, place = local_path(uri), s3_place(uri)
+def read_lock(files: Files) -> dict[str, Any]:
+    """Who holds the lock; {} where nobody does or its holder is just writing it."""
     try:
-        if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(text)
-        elif place:
-            with s3_errors(uri):
-                s3_client(settings.aws).put_object(
-                    Bucket=place[0], Key=place[1], Body=text.encode(), IfNoneMatch="*"
-                )
-        else:
-            files, hdfs_path = hadoop_path(start_spark(settings), uri)
-            with closing(files.create(hdfs_path, False)) as stream:
-                stream.write(bytearray(text.encode()))
-    except (FileExistsError, SettingsError, Py4JJavaError) as error:
-        shown = (
-            f"{error!r} {error}"  # of a Java exception only the latter has the class
-        )
-        if re.search("File.*Exists|PreconditionFailed|ConditionalRequest", shown):
-            return False
-        raise
-    return True
-
-
-def read_lock(settings: Settings, uri: str) -> dict[str, Any]:
-    """Who holds a lock; {} where the lock is gone or its holder is just writing it."""
-    path, place = local_path(uri), s3_place(uri)
-    try:
-        if path:
-            with open(path, encoding="utf-8") as file:
-                return json.load(file)
-        if place:
-            with s3_errors(uri):
-                where = {"Bucket": place[0], "Key": place[1]}
-                return json.load(s3_client(settings.aws).get_object(**where)["Body"])
-        return json.loads(read_text(start_spark(settings), uri))
-    except (FileNotFoundError, ValueError, SettingsError, Py4JJavaError):
+        return json.loads(files.read("_lock") or "{}")
+    except ValueError:
         return {}
-
-
-def delete_lock(settings: Settings, uri: str) -> None:
-    """Deletes a lock, and a local lake's folder where nothing else is in it."""
-    path, place = local_path(uri), s3_place(uri)
-    if path:
-        os.remove(path)
-        with suppress(OSError):
-            os.rmdir(os.path.dirname(path))
-    elif place:
-        with s3_errors(uri):
-            s3_client(settings.aws).delete_object(Bucket=place[0], Key=place[1])
-    else:
-        delete(start_spark(settings), uri)
 
 
 def process_start(pid: int) -> str | None:
@@ -1434,13 +1540,13 @@ def process_start(pid: int) -> str | None:
 
 
 @contextmanager
-def hold_lock(settings: Settings, run_id: str) -> Iterator[None]:
+def hold_lock(files: Files, run_id: str, lake: str, break_lock: bool) -> Iterator[None]:
     """Keeps other runs from the lake while inside. Takes over the lock of a run that was
     killed on this host, or any with --break-lock.
 
     Raises RunError, naming the holder, when another run holds it.
     """
-    uri, host, pid = f"{settings.output}/_lock", socket.gethostname(), os.getpid()
+    host, pid = socket.gethostname(), os.getpid()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     me = {"run": run_id, "host": host, "pid": pid, "started": started}
     me["process_start"] = process_start(pid)
@@ -1448,27 +1554,30 @@ def hold_lock(settings: Settings, run_id: str) -> Iterator[None]:
     guard = os.open(tempfile.gettempdir(), os.O_RDONLY)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        while not create_if_absent(settings, uri, json.dumps(me)):
-            other = read_lock(settings, uri)
+        while not files.create("_lock", json.dumps(me)):
+            other = read_lock(files)
             dead = other.get("host") == host and (
                 process_start(other["pid"]) != other["process_start"]
             )
-            if not (dead or settings.break_lock):
+            if not (dead or break_lock):
                 raise RunError(
-                    f"another run writes to {settings.output}: process "
+                    f"another run writes to {lake}: process "
                     f"{other.get('pid')} on {other.get('host')}, since "
                     f"{other.get('started')}: wait for its end; if it is dead, run with "
                     "--break-lock"
                 )
             log.info("lock     taken over from run %s", other.get("run"))
-            delete_lock(settings, uri)
+            files.delete(["_lock"])
     finally:
         os.close(guard)
     try:
         yield
     finally:
-        if read_lock(settings, uri).get("run") == run_id:
-            delete_lock(settings, uri)
+        try:
+            if read_lock(files).get("run") == run_id:
+                files.delete(["_lock"])
+        except Exception as error:  # noqa: BLE001  # must not hide how the run ended
+            log.info("lock     stays, since it can't be deleted: %s", explain(error))
 
 
 # --- Report ---------------------------------------------------------------------------
@@ -1538,22 +1647,24 @@ def stage_rejected(records: dict[str, DataFrame], folder: str) -> None:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """A whole run. Returns its report, which is in OUTPUT/_reports/ too."""
+    """A whole run. Returns its report, which, but for the time of publishing, is in
+    OUTPUT/_reports/ too."""
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     preflight(settings)
-    with hold_lock(settings, run_id):
+    files = lake_files(settings)
+    with hold_lock(files, run_id, settings.output, settings.break_lock):
         clock = [time.monotonic()]
         spark = start_spark(settings)
         log_step(
             clock, "start", f"Spark {spark.version} on {spark.sparkContext.master}"
         )
-        recover(spark, settings)
+        recover(files)
         try:
-            return build_lake(spark, settings, run_id, clock)
+            return build_lake(spark, files, settings, run_id, clock)
         except BaseException:
             with suppress(Exception):  # what else fails now would hide the reason
-                if not exists(spark, f"{settings.output}/_journal.json"):
-                    delete(spark, f"{settings.output}/_staging")
+                if not files.read("_journal.json"):
+                    files.delete_folder("_staging")
             raise
 
 
@@ -1564,7 +1675,11 @@ def log_step(clock: list[float], step: str, what: str) -> None:
 
 
 def build_lake(
-    spark: SparkSession, settings: Settings, run_id: str, clock: list[float]
+    spark: SparkSession,
+    files: Files,
+    settings: Settings,
+    run_id: str,
+    clock: list[float],
 ) -> dict[str, Any]:
     """Read, build, stage, check, publish. Returns the report; raises RunError when the
     input or the staged tables fail a check."""
@@ -1586,7 +1701,7 @@ def build_lake(
     if bad:
         stage_rejected(records, f"{staging}/{rejected}")
     if bad > settings.max_rejected * read:
-        publish(spark, lake, run_id, tables=())
+        publish(files, run_id, list(files.sizes(f"_staging/{run_id}")), tables=())
         raise RunError(
             f"{bad:,} of {read:,} records are bad, over --max-rejected "
             f"{settings.max_rejected:g}: no table is changed: see them in {lake}/{rejected}"
@@ -1596,12 +1711,15 @@ def build_lake(
             raise RunError(f"no record in {settings.input}/{folder}: check --input")
     raw_songs = records["songs"].where(F.col("reason").isNull())
     events = records["events"].where(F.col("reason").isNull())
-    plays = events.where(is_play()).select(songplay_id()).distinct().count()
-    if not plays:
+    if events.where(is_play()).isEmpty():
         raise RunError(f"no play (page NextSong) in {settings.input}/log_data")
 
-    seconds = stage_tables(spark, events, raw_songs, staging)
-    sizes = list_files(spark, staging)
+    with ThreadPoolExecutor(1) as pool:
+        distinct = events.where(is_play()).select(songplay_id()).distinct()
+        counting = pool.submit(distinct.count)
+        seconds = stage_tables(spark, events, raw_songs, staging)
+        plays = counting.result()
+    sizes = files.sizes(f"_staging/{run_id}")
     log_step(clock, "stage", f"{len(sizes):,} files")
     checked = check_tables(spark, staging)
     rows = checked["rows"]
@@ -1611,8 +1729,6 @@ def build_lake(
             "distinct plays of the input"
         )
     log_step(clock, "check", f"{sum(rows.values()):,} rows, all keys unique and found")
-    publish(spark, lake, run_id)
-    log_step(clock, "publish", lake)
     report = {
         "run": run_id,
         "lake": lake,
@@ -1627,9 +1743,10 @@ def build_lake(
         **({"rejected": f"{lake}/{rejected}"} if bad else {}),
     }
     text = json.dumps(report, indent=2) + "\n"
-    write_text(spark, lake, f"_reports/{run_id}.json", text)
-    delete(spark, f"{lake}/_staging")
-    return report
+    files.create(f"_staging/{run_id}/_reports/{run_id}.json", text)
+    publish(files, run_id, [*sizes, f"_reports/{run_id}.json"], tuple(TABLES))
+    log_step(clock, "publish", lake)
+    return {**report, "seconds": round(clock[-1] - clock[0], 1)}
 
 
 def explain(error: BaseException) -> str:

@@ -14,9 +14,12 @@ from pyspark.sql import SparkSession
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from s3_server import Server, running_server
+
 import etl
 
 # The optimizing compiler doesn't pay off: without it the tests take half the CPU time.
+# (Its own code cache, of 48 MB, is too small for a whole run.)
 QUICK_JAVA = (
     "--driver-java-options '-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m'"
 )
@@ -34,6 +37,28 @@ def spark() -> Iterator[SparkSession]:
     session.conf.set("spark.sql.shuffle.partitions", 2)
     yield session
     session.stop()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the marker known."""
+    config.addinivalue_line("markers", "long: takes minutes; run with pytest -m long")
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leaves out the long tests, unless markers are chosen on the command line."""
+    if not config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The S3 server."""
+    with running_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,9 @@ def lake(tmp_path: Path) -> Path:
     return lake
 
 
-def settings_of(lake: Path, *flags: str) -> etl.Settings:
-    """The settings of a run that writes to a lake."""
-    return etl.parse_settings(["--output", str(lake), *flags])
+def hold(lake: Path, run_id: str, *, by_force: bool = False) -> Any:
+    """Holds a lake's lock."""
+    return etl.hold_lock(etl.LocalFiles(str(lake)), run_id, str(lake), by_force)
 
 
 def assert_published(lake: Path, tables: set[str]) -> None:
@@ -82,17 +82,25 @@ def assert_published(lake: Path, tables: set[str]) -> None:
     assert all((lake / name).read_text() == name for name in tables)
 
 
-class FailingCalls:
-    """Hadoop file systems of which the n-th call, counted over all, and the calls that
-    follow it fail as long as the connection is down."""
+class FailingFiles:
+    """A lake's files of which the n-th change, and those that follow it as long as the
+    connection is down, fail."""
 
-    def __init__(self, fails_at: int, comes_back: bool) -> None:
-        self.calls, self.fails_at, self.comes_back = 0, fails_at, comes_back
-        self.real = etl.hadoop_path
+    def __init__(self, files: etl.Files, fails_at: int, comes_back: bool) -> None:
+        self.files, self.fails_at, self.comes_back = files, fails_at, comes_back
+        self.calls = 0
 
-    def hadoop_path(self, spark: SparkSession, uri: str) -> tuple[Any, Any]:
-        files, path = self.real(spark, uri)
-        return Failing(files, self), path
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.count()
+            self.files.delete([name])
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.count()
+            return getattr(self.files, name)(*arguments)
+
+        return call
 
     def count(self) -> None:
         self.calls += 1
@@ -101,90 +109,83 @@ class FailingCalls:
             raise OSError("connection lost")
 
 
-class Failing:
-    """A Hadoop file system whose calls are counted, and may fail."""
+@pytest.fixture(params=["local", "hadoop"])
+def files_at(
+    request: pytest.FixtureRequest, spark: SparkSession
+) -> Callable[[Path], etl.Files]:
+    """What makes a lake's files of its folder, by Python and by Hadoop."""
+    if request.param == "local":
+        return lambda lake: etl.LocalFiles(str(lake))
+    return lambda lake: etl.HadoopFiles(spark, f"file://{lake}")
 
-    def __init__(self, files: Any, calls: FailingCalls) -> None:
-        self.files, self.calls = files, calls
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.calls.count()
-            return getattr(self.files, name)(*arguments)
-
-        return call
+def publish(files: Any) -> None:
+    """Publishes what is staged."""
+    etl.publish(files, "run1", sorted(NEW), tuple(etl.TABLES))
 
 
 def test_publish_replaces_the_tables_and_leaves_foreign_files(
-    spark: SparkSession, lake: Path
+    files_at: Callable[[Path], etl.Files], lake: Path
 ) -> None:
-    etl.publish(spark, f"file://{lake}", "run1")
+    publish(files_at(lake))
     assert_published(lake, NEW)
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_failure_of_any_file_system_call_loses_nothing(
-    spark: SparkSession,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    comes_back: bool,
+    files_at: Callable[[Path], etl.Files], tmp_path: Path, comes_back: bool
 ) -> None:
     outcomes = []
     for n in range(1, 1000):
         lake = tmp_path / f"lake{n}"
         fill(lake, OLD | FOREIGN)
         fill(lake / "_staging" / "run1", NEW)
-        calls = FailingCalls(n, comes_back)
-        with monkeypatch.context() as patch:
-            patch.setattr(etl, "hadoop_path", calls.hadoop_path)
-            try:
-                etl.publish(spark, f"file://{lake}", "run1")
-            except (OSError, etl.RunError) as error:
-                message = str(error)
-            else:
-                break
+        try:
+            publish(FailingFiles(files_at(lake), n, comes_back))
+        except (OSError, etl.RunError) as error:
+            message = str(error)
+        else:
+            break
         seen = tables_of(lake)
         assert OLD <= seen or NEW <= seen, (n, message)
         if "as they were" in message or isinstance(message, OSError):
             assert seen == OLD, (n, message)
-        etl.recover(spark, settings_of(lake))
+        etl.recover(files_at(lake))
         if tables_of(lake) == OLD:
             assert_published(lake, OLD)
         else:
             assert_published(lake, NEW)
         outcomes.append(tables_of(lake) == NEW)
     assert_published(lake, NEW)
-    assert n > 40  # calls of a publish
+    assert n > 20  # calls of a publish
     assert {True, False} == set(outcomes)
 
 
 def test_staged_files_without_a_journal_are_deleted(
-    spark: SparkSession, lake: Path
+    files_at: Callable[[Path], etl.Files], lake: Path
 ) -> None:
-    etl.recover(spark, settings_of(lake))
+    etl.recover(files_at(lake))
     assert_published(lake, OLD)
 
 
 def test_recovery_without_anything_to_recover_changes_nothing(
-    spark: SparkSession, tmp_path: Path
+    files_at: Callable[[Path], etl.Files], tmp_path: Path
 ) -> None:
     fill(tmp_path, OLD | FOREIGN)
-    etl.recover(spark, settings_of(tmp_path))
+    etl.recover(files_at(tmp_path))
     assert_published(tmp_path, OLD)
 
 
 def test_lock_is_there_while_it_is_held_only(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path / "lake")
-    with etl.hold_lock(settings, "run1"):
+    with hold(tmp_path / "lake", "run1"):
         held = json.loads((tmp_path / "lake" / "_lock").read_text())
         assert (held["run"], held["pid"]) == ("run1", os.getpid())
     assert not (tmp_path / "lake").exists()
 
 
 def test_second_run_is_told_who_holds_the_lock(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path)
-    with etl.hold_lock(settings, "run1"):
-        with pytest.raises(etl.RunError) as caught, etl.hold_lock(settings, "run2"):
+    with hold(tmp_path, "run1"):
+        with pytest.raises(etl.RunError) as caught, hold(tmp_path, "run2"):
             pass
         assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
         assert json.loads((tmp_path / "_lock").read_text())["run"] == "run1"
@@ -219,7 +220,7 @@ def test_lock_of_a_killed_run_on_this_host_is_taken_over(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     write_lock(tmp_path, **changes)
-    with etl.hold_lock(settings_of(tmp_path), "run2"):
+    with hold(tmp_path, "run2"):
         assert json.loads((tmp_path / "_lock").read_text())["run"] == "run2"
 
 
@@ -231,8 +232,8 @@ def test_other_locks_are_taken_over_by_flag_only(
     if content is not None:
         (tmp_path / "_lock").write_text(content)
     refused = pytest.raises(etl.RunError, match="--break-lock")
-    with refused, etl.hold_lock(settings_of(tmp_path), "run2"):
+    with refused, hold(tmp_path, "run2"):
         pass
-    with etl.hold_lock(settings_of(tmp_path, "--break-lock"), "run3"):
+    with hold(tmp_path, "run3", by_force=True):
         assert json.loads((tmp_path / "_lock").read_text())["run"] == "run3"
     assert files_of(tmp_path) == set()

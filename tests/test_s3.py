@@ -1,39 +1,36 @@
-"""The job on S3, against moto's server or the one of S3_TEST_ENDPOINT, S3_TEST_KEY and
-S3_TEST_SECRET."""
+"""The job on S3, against moto's server or one that the environment names."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from threading import Thread
-from typing import Any, Callable
+from typing import Any
 
-import boto3
 import pyarrow.parquet as pq
 import pyspark
 import pytest
-from botocore.config import Config
 from botocore.stub import Stubber
-from conftest import ROOT
-from moto.moto_server.werkzeug_app import (
-    DomainDispatcherApplication,
-    MotoRequestHandler,
-    create_backend_app,
+from conftest import QUICK_JAVA, ROOT
+from s3_server import (
+    REAL_SERVER,
+    Server,
+    download,
+    free_port,
+    new_bucket,
+    no_aws_settings,
+    objects,
+    put,
 )
-from werkzeug.serving import make_server
 
 import etl
 
@@ -45,113 +42,8 @@ PLAY = (
     '{"page": "NextSong", "ts": 1541106106796, "userId": "8", "sessionId": 139, '
     '"itemInSession": 0, "song": "T", "artist": "A"}'
 )
-REAL_SERVER = "S3_TEST_ENDPOINT" in os.environ
-# Without its optimizing compiler a JVM takes half the CPU time for tiny tables.
-# (Its own code cache, of 48 MB, is too small for a whole run.)
-QUICK = "--driver-java-options '-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m'"
 # Seen wherever the settings of a run are shown: what the search for secrets has to find.
 MARKER = "shown-on-purpose-5c1e"
-
-
-@dataclass(frozen=True)
-class Server:
-    """An S3 server, who may use it and, of moto's, the requests it got by kind."""
-
-    endpoint: str
-    key: str
-    secret: str
-    token: str | None = None
-    requests: Counter[str] | None = None
-
-    def client(self) -> Any:
-        """A client that doesn't share its settings with the job's."""
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            aws_session_token=self.token,
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}),
-        )
-
-    def config(self, keys: bool = True, **values: str) -> str:
-        """The text of a dl.cfg for this server; an empty value leaves a key out."""
-        aws = {"ENDPOINT_URL": self.endpoint}
-        if keys:
-            aws["AWS_ACCESS_KEY_ID"] = self.key
-            aws["AWS_SECRET_ACCESS_KEY"] = self.secret
-            aws["AWS_SESSION_TOKEN"] = self.token or ""
-        aws.update(values)
-        return "[AWS]\n" + "".join(f"{k} = {v}\n" for k, v in aws.items() if v)
-
-
-def kind_of(environ: dict[str, Any]) -> str:
-    """The kind of a request: its method, but LIST for a listing, COPY for a copy."""
-    query = environ["QUERY_STRING"]
-    if environ["REQUEST_METHOD"] == "GET" and (
-        "list-type" in query or "prefix" in query
-    ):
-        return "LIST"
-    return "COPY" if "HTTP_X_AMZ_COPY_SOURCE" in environ else environ["REQUEST_METHOD"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """The S3 server."""
-    if REAL_SERVER:
-        names = ("S3_TEST_ENDPOINT", "S3_TEST_KEY", "S3_TEST_SECRET")
-        yield Server(*(os.environ[name] for name in names))
-        return
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    requests: Counter[str] = Counter()
-    moto = DomainDispatcherApplication(create_backend_app)
-
-    def app(environ: dict[str, Any], respond: Callable[..., Any]) -> Any:
-        requests[kind_of(environ)] += 1
-        return moto(environ, respond)
-
-    http = make_server("127.0.0.1", 0, app, True, request_handler=MotoRequestHandler)
-    thread = Thread(target=http.serve_forever)
-    thread.start()
-    yield Server(
-        f"http://127.0.0.1:{http.server_port}",
-        "AKIATESTACCESSKEY0123",
-        "TestSecretKeyThatNothingMayShow0123456789",
-        "TestSessionTokenThatNothingMayShow0123456789",
-        requests,
-    )
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-def objects(server: Server, bucket: str) -> dict[str, int]:
-    """The bytes of each object of a bucket by its key."""
-    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
-    return {of["Key"]: of["Size"] for page in pages for of in page.get("Contents", ())}
-
-
-def put(server: Server, bucket: str, key: str, body: bytes = b"{}") -> None:
-    """Makes an object."""
-    server.client().put_object(Bucket=bucket, Key=key, Body=body)
-
-
-@contextmanager
-def new_bucket(server: Server) -> Iterator[str]:
-    """A bucket of its own name, deleted at the end with all that is in it."""
-    client, bucket = server.client(), f"test-{uuid.uuid4().hex[:16]}"
-    client.create_bucket(Bucket=bucket)
-    try:
-        yield bucket
-    finally:
-        for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
-            client.abort_multipart_upload(
-                Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-        for key in sorted(objects(server, bucket), reverse=True):  # a marker last
-            client.delete_object(Bucket=bucket, Key=key)
-        client.delete_bucket(Bucket=bucket)
 
 
 @pytest.fixture
@@ -179,32 +71,12 @@ def local_input(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-@contextmanager
-def no_aws_settings(folder: Path) -> Iterator[None]:
-    """An environment in which the default AWS chain finds nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in filter(lambda name: name.startswith("AWS_"), list(os.environ)):
-            patch.delenv(name)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "no-credentials"))
-        patch.setenv("AWS_CONFIG_FILE", str(folder / "no-config"))
-        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps what it has found
-        yield
-
-
 @pytest.fixture(autouse=True)
 def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder: a new one, without a way to AWS."""
     monkeypatch.chdir(tmp_path)
     with no_aws_settings(tmp_path):
         yield tmp_path
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def command(config: str, *flags: str) -> list[str]:
@@ -219,22 +91,16 @@ def run_job(
     """Runs the job in the current folder."""
     return subprocess.run(
         command(config, *flags),
-        env={"PYSPARK_SUBMIT_ARGS": f"{QUICK} pyspark-shell", **os.environ, **environ},
+        env={
+            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
+            **os.environ,
+            **environ,
+        },
         check=False,
         capture_output=True,
         text=True,
         timeout=600,
     )
-
-
-def download(server: Server, bucket: str, prefix: str, folder: Path) -> Path:
-    """Copies the objects below a prefix into a folder."""
-    for key, size in objects(server, bucket).items():
-        if key.startswith(prefix) and size:
-            path = folder / key[len(prefix) :]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            server.client().download_file(bucket, key, str(path))
-    return folder
 
 
 def rows_of(lake: Path, table: str) -> tuple[Any, list[Any]]:
@@ -286,7 +152,7 @@ def s3_run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             put(server, source, f"{PREFIX}/{key}", path.read_bytes())
         with no_aws_settings(folder), pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setenv("PYSPARK_SUBMIT_ARGS", f"{QUICK} {conf} pyspark-shell")
+            patch.setenv("PYSPARK_SUBMIT_ARGS", f"{QUICK_JAVA} {conf} pyspark-shell")
             line = command(
                 f"{server.config()}[LAKE]\nINPUT = s3a://{source}/{PREFIX}\n",
                 "--debug",
