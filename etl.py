@@ -5,7 +5,7 @@
     spark-submit etl.py [--input URI] [--output URI]   on a cluster
 
 It reads like the job itself: settings, session, read, build, stage, check, publish,
-report, main().
+catalog, report, main().
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ CONFIG_SECTIONS = {
         "AWS_REGION",
         "ENDPOINT_URL",
     ),
-    "LAKE": ("INPUT", "OUTPUT"),
+    "LAKE": ("INPUT", "OUTPUT", "CATALOG"),
 }
 
 
@@ -142,7 +142,8 @@ class Aws:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know; `input` and `output` are URIs without a last slash."""
+    """What a run needs to know; `input` and `output` are URIs without a last slash,
+    `catalog` is a Glue database."""
 
     input: str
     output: str
@@ -150,6 +151,7 @@ class Settings:
     debug: bool
     break_lock: bool
     aws: Aws
+    catalog: str | None = None
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -169,6 +171,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     add("--config", metavar="FILE", help="settings (default: dl.cfg, if there is one)")
     add("--input", metavar="URI", help="holds song_data/ and log_data/")
     add("--output", metavar="URI", help="the lake, whose five tables are replaced")
+    add("--catalog", metavar="glue:DATABASE", help="register the tables in AWS Glue")
     add(
         "--max-rejected",
         metavar="FRACTION",
@@ -187,7 +190,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if not 0 <= flags.max_rejected <= 1:  # a NaN is neither
         fail(f"--max-rejected {flags.max_rejected} is not a fraction between 0 and 1")
     config = read_config(flags.config, here)
-    given = {"INPUT": flags.input, "OUTPUT": flags.output}
+    given = {"INPUT": flags.input, "OUTPUT": flags.output, "CATALOG": flags.catalog}
     config.update({key: uri for key, uri in given.items() if uri is not None})
     settings = Settings(
         input=to_uri(config.get("INPUT", f"{here}/data_sample")),
@@ -196,8 +199,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         debug=flags.debug,
         break_lock=flags.break_lock,
         aws=read_aws(config),
+        catalog=read_catalog(config),
     )
     check_apart(settings.input, settings.output)
+    if settings.catalog and not s3_place(settings.output):
+        raise SettingsError(
+            f"Glue needs an OUTPUT on S3, not {settings.output}: write --output "
+            "s3a://BUCKET/PREFIX, or leave --catalog out"
+        )
     return settings
 
 
@@ -267,6 +276,18 @@ def read_aws(config: dict[str, str]) -> Aws:
         )
     token = config.get("AWS_SESSION_TOKEN")
     return Aws(*keys, token, config.get("AWS_REGION", region), endpoint)
+
+
+def read_catalog(config: dict[str, str]) -> str | None:
+    """The Glue database of a CATALOG setting; None without one."""
+    catalog = config.get("CATALOG")
+    match = re.fullmatch("glue:([a-z0-9_]{1,255})", catalog or "")
+    if catalog is not None and not match:
+        raise SettingsError(
+            f"--catalog {catalog}: write glue:DATABASE, where DATABASE has only "
+            "lower-case letters, digits and underscores"
+        )
+    return match[1] if match else None
 
 
 def to_uri(path: str) -> str:
@@ -367,6 +388,8 @@ def preflight(settings: Settings) -> None:
             )
     if s3_place(settings.output):
         check_s3_output(settings.aws, settings.output)
+        if settings.catalog:
+            check_glue(settings)
     elif lake:
         while not os.path.lexists(lake):
             lake = os.path.dirname(lake)
@@ -1580,6 +1603,192 @@ def hold_lock(files: Files, run_id: str, lake: str, break_lock: bool) -> Iterato
             log.info("lock     stays, since it can't be deleted: %s", explain(error))
 
 
+# --- Catalog --------------------------------------------------------------------------
+
+HIVE_PARQUET = "org.apache.hadoop.hive.ql.io.parquet"
+# For each change of partitions: its argument, and how many a call takes.
+GLUE_BATCHES = {
+    "create": ("PartitionInputList", 100),
+    "update": ("Entries", 100),
+    "delete": ("PartitionsToDelete", 25),
+}
+
+
+class CatalogError(Exception):
+    """The tables are published, but not all are registered: exit code 1."""
+
+
+def glue_client(settings: Settings) -> Any:
+    """A boto3 client for Glue, in the region that is set, else in the output's bucket's.
+
+    ENDPOINT_URL is of S3 alone; boto3 by itself heeds AWS_ENDPOINT_URL_GLUE.
+    """
+    import boto3
+    from botocore.config import Config
+
+    aws = settings.aws
+    region = aws.region or boto3.session.Session().region_name
+    if not region:  # as on a node of EMR
+        bucket, _ = s3_place(settings.output)
+        region = s3_client(aws).head_bucket(Bucket=bucket).get("BucketRegion")
+    return boto3.client(
+        "glue",
+        aws_access_key_id=aws.access_key,
+        aws_secret_access_key=aws.secret_key,
+        aws_session_token=aws.session_token,
+        region_name=region,
+        config=Config(
+            connect_timeout=2,
+            read_timeout=20,
+            retries={"mode": "standard", "total_max_attempts": 4},
+        ),
+    )
+
+
+def explain_glue(error: BaseException) -> str:
+    """An error of a Glue client in one line, which names a right that is missing."""
+    from botocore.exceptions import BotoCoreError
+
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    if code == "AccessDeniedException":
+        return f"access denied: allow these credentials glue:{error.operation_name}"
+    hint = "; check AWS_REGION and the network"
+    return explain(error) + (hint if isinstance(error, BotoCoreError) else "")
+
+
+def check_glue(settings: Settings) -> None:
+    """Raises SettingsError unless Glue answers and lets these credentials read."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    database, table = settings.catalog, next(iter(TABLES))
+    try:
+        glue = glue_client(settings)
+        for call, names in (
+            (glue.get_database, {"Name": database}),
+            (glue.get_table, {"DatabaseName": database, "Name": table}),
+            (glue.get_partitions, {"DatabaseName": database, "TableName": table}),
+        ):
+            with suppress(glue.exceptions.EntityNotFoundException):
+                call(**names)
+    except (BotoCoreError, ClientError) as error:
+        raise SettingsError(f"glue:{database}: {explain_glue(error)}") from error
+
+
+def glue_table(
+    lake: str, table: str, dtypes: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Glue's TableInput for a table of a lake on S3; `dtypes` are of its DataFrame, whose
+    types have the names that Hive gives them."""
+    columns = {name: {"Name": name, "Type": kind} for name, kind in dtypes}
+    keys = [columns.pop(name) for name in TABLES[table].folders]
+    place = "/".join(filter(None, s3_place(lake)))
+    return {
+        "Name": table,
+        "TableType": "EXTERNAL_TABLE",
+        "Parameters": {"EXTERNAL": "TRUE", "classification": "parquet"},
+        "PartitionKeys": keys,
+        "StorageDescriptor": {
+            "Columns": list(columns.values()),
+            "Location": f"s3://{place}/{table}/",  # Athena knows no s3a://
+            "InputFormat": f"{HIVE_PARQUET}.MapredParquetInputFormat",
+            "OutputFormat": f"{HIVE_PARQUET}.MapredParquetOutputFormat",
+            "SerdeInfo": {
+                "SerializationLibrary": f"{HIVE_PARQUET}.serde.ParquetHiveSerDe",
+                "Parameters": {"serialization.format": "1"},
+            },
+        },
+    }
+
+
+def agrees(found: Any, wanted: Any) -> bool:
+    """Whether Glue has all that is wanted; it may have more, such as comments."""
+    if isinstance(wanted, dict):
+        return all(agrees((found or {}).get(key), of) for key, of in wanted.items())
+    if isinstance(wanted, list):
+        found = found or []
+        return len(found) == len(wanted) and all(map(agrees, found, wanted))
+    return found == wanted
+
+
+def register_table(
+    glue: Any, database: str, table: dict[str, Any], folders: set[str]
+) -> None:
+    """Makes Glue's table agree with a TableInput, and its partitions with the table's
+    folders, such as year=2018/month=11. Changes only what differs.
+
+    Raises CatalogError for a partition that Glue refuses.
+    """
+    try:
+        found = glue.get_table(DatabaseName=database, Name=table["Name"])["Table"]
+    except glue.exceptions.EntityNotFoundException:
+        glue.create_table(DatabaseName=database, TableInput=table)
+    else:
+        if not agrees(found, table):
+            glue.update_table(DatabaseName=database, TableInput=table, SkipArchive=True)
+    if not table["PartitionKeys"]:
+        return
+    storage, names = table["StorageDescriptor"], {"DatabaseName": database}
+    names["TableName"] = table["Name"]
+    wanted = {}
+    for folder in sorted(folders):
+        values = [part.partition("=")[2] for part in folder.split("/")]
+        at = {**storage, "Location": f"{storage['Location']}{folder}/"}
+        wanted[tuple(values)] = {"Values": values, "StorageDescriptor": at}
+    # With their columns: Athena refuses a partition whose types aren't the table's.
+    pages = glue.get_paginator("get_partitions").paginate(**names)
+    old = {tuple(of["Values"]): of for page in pages for of in page["Partitions"]}
+    changes = {
+        "create": [of for key, of in wanted.items() if key not in old],
+        "update": [
+            {"PartitionValueList": of["Values"], "PartitionInput": of}
+            for key, of in wanted.items()
+            if key in old and not agrees(old[key], of)
+        ],
+        "delete": [{"Values": list(key)} for key in sorted(old.keys() - wanted.keys())],
+    }
+    for change, (argument, size) in GLUE_BATCHES.items():
+        call, items = getattr(glue, f"batch_{change}_partition"), changes[change]
+        for start in range(0, len(items), size):
+            batch = {argument: items[start : start + size]}
+            for error in call(**names, **batch).get("Errors", ()):
+                values = error.get("PartitionValues") or error["PartitionValueList"]
+                reason = error["ErrorDetail"].get("ErrorMessage")
+                raise CatalogError(
+                    f"{change} partition {'/'.join(values)} of {table['Name']}: {reason}"
+                )
+
+
+def register_tables(
+    spark: SparkSession, settings: Settings, files: Sequence[str]
+) -> str:
+    """Registers the published tables in Glue, with a database where there is none.
+
+    `files` are those of the tables, by their paths in the lake. Returns what is there.
+    Raises CatalogError.
+    """
+    lake, database, partitions = settings.output, settings.catalog, 0
+    try:
+        glue = glue_client(settings)
+        try:
+            glue.get_database(Name=database)
+        except glue.exceptions.EntityNotFoundException:
+            glue.create_database(DatabaseInput={"Name": database})
+        for table in TABLES:
+            own = [name for name in files if name.startswith(f"{table}/")]
+            folders = {os.path.dirname(name)[len(table) + 1 :] for name in own} - {""}
+            # One file has all the columns, and its folders' names those of the folders.
+            rows = spark.read.option("basePath", f"{lake}/{table}")
+            dtypes = rows.parquet(literal(f"{lake}/{own[0]}")).dtypes
+            register_table(glue, database, glue_table(lake, table, dtypes), folders)
+            partitions += len(folders)
+    except (Exception, KeyboardInterrupt) as error:
+        raise CatalogError(
+            f"the tables are published, but not all are registered in glue:{database}: "
+            f"{explain_glue(error)}: the next run registers them"
+        ) from error
+    return f"glue:{database}: {len(TABLES)} tables, {partitions:,} partitions"
+
+
 # --- Report ---------------------------------------------------------------------------
 
 
@@ -1746,6 +1955,8 @@ def build_lake(
     files.create(f"_staging/{run_id}/_reports/{run_id}.json", text)
     publish(files, run_id, [*sizes, f"_reports/{run_id}.json"], tuple(TABLES))
     log_step(clock, "publish", lake)
+    if settings.catalog:
+        log_step(clock, "catalog", register_tables(spark, settings, list(sizes)))
     return {**report, "seconds": round(clock[-1] - clock[0], 1)}
 
 
