@@ -534,6 +534,55 @@ def test_rerun_gives_the_same_rows_in_as_many_files(
     assert len([*(copied_lake / "_rejected").iterdir()]) == 2
 
 
+@pytest.mark.parametrize("ansi", [True, False])
+def test_ansi_mode_changes_no_value(
+    ansi: bool,
+    spark: SparkSession,
+    sample_run: SampleRun,
+    tmp_path: Path,
+) -> None:
+    before = spark.conf.get("spark.sql.ansi.enabled")
+    spark.conf.set("spark.sql.ansi.enabled", ansi)
+    try:
+        assert etl.main(["--config", os.devnull, f"--output={tmp_path / 'lake'}"]) == 0
+    finally:
+        spark.conf.set("spark.sql.ansi.enabled", before)
+    assert rows(tmp_path / "lake") == rows(sample_run[0])
+
+
+WITHOUT_BOTO3 = """
+import sys
+sys.modules["boto3"] = sys.modules["botocore"] = None
+import etl
+sys.exit(etl.main(sys.argv[1:]))
+"""
+
+
+def run_without_boto3(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs the job in a Python that has no boto3."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_BOTO3, "--config", os.devnull, *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_local_run_needs_no_boto3(tmp_path: Path) -> None:
+    done = run_without_boto3(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lake" / "songplays").is_dir()
+
+
+def test_s3_without_boto3_says_what_to_install(tmp_path: Path) -> None:
+    done = run_without_boto3(tmp_path, "--input=s3a://bucket/in")
+    assert done.returncode == 2
+    assert done.stderr == "etl.py: error: S3 needs boto3: run pip install boto3\n"
+
+
 # --- A run that doesn't ---------------------------------------------------------------
 
 
