@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ def long(*steps: str) -> list[Any]:
 def check_killed(world: World, steps: str, folder: Path) -> None:
     """Kills a run at a step, the next (if there is a `then`) in its recovery, and so on;
     lets one end. No reader ever misses a row, and the last run leaves nothing behind."""
-    name = steps.replace(" ", "-")
+    name = f"{steps.replace(' ', '-')}-{uuid.uuid4().hex[:6]}"
     lake, journal = world.old_copy(name), None
     outcome = []
     for number, step in enumerate(steps.split(" then ")):
