@@ -1533,9 +1533,10 @@ def recover(files: Files) -> None:
         else:  # They were being deleted, because moving had failed.
             clean_up(files, names)
             log.info("recover  undid what run %s had begun to publish", run_id)
-    elif files.sizes("_staging"):
+        return
+    if files.sizes("_staging"):
         log.info("recover  deleted what an unfinished run had staged")
-    files.delete_folder("_staging")
+    files.delete_folder("_staging")  # and on S3 the unfinished uploads, unseen above
 
 
 # --- Lock -----------------------------------------------------------------------------

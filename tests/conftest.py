@@ -39,6 +39,22 @@ def spark() -> Iterator[SparkSession]:
     session.stop()
 
 
+def run_quickly(line: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command line of the job, on a JVM that suits tiny tables."""
+    return subprocess.run(
+        line,
+        env={
+            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
+            **os.environ,
+            **environ,
+        },
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the marker known."""
     config.addinivalue_line("markers", "long: takes minutes; run with pytest -m long")

@@ -18,7 +18,7 @@ from typing import Any, Callable
 import boto3
 import pytest
 from botocore.stub import Stubber
-from conftest import QUICK_JAVA, ROOT
+from conftest import ROOT, run_quickly
 from moto import mock_aws
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
@@ -414,18 +414,7 @@ def test_command_refuses_a_local_output_without_starting_spark(tmp_path: Path) -
 def run_job(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Runs the job in the current folder, without a dl.cfg."""
     line = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull, *flags]
-    return subprocess.run(
-        line,
-        env={
-            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
-            **os.environ,
-            **environ,
-        },
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_quickly(line, **environ)
 
 
 @dataclass

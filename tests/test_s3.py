@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pyspark
 import pytest
 from botocore.stub import Stubber
-from conftest import QUICK_JAVA, ROOT
+from conftest import QUICK_JAVA, ROOT, run_quickly
 from s3_server import (
     REAL_SERVER,
     Server,
@@ -89,18 +89,7 @@ def run_job(
     config: str, *flags: str, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the job in the current folder."""
-    return subprocess.run(
-        command(config, *flags),
-        env={
-            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
-            **os.environ,
-            **environ,
-        },
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_quickly(command(config, *flags), **environ)
 
 
 def rows_of(lake: Path, table: str) -> tuple[Any, list[Any]]:
