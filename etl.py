@@ -597,6 +597,10 @@ def start_spark(settings: Settings) -> SparkSession:
     local.setWriteChecksum(False)  # no .crc file beside each file of the lake
     if on_s3:
         configure_s3(spark, settings.aws)
+        for uri in filter(s3_place, (settings.input, settings.output)):
+            # A provider of session tokens fails one of two threads that use it first.
+            path = spark._jvm.org.apache.hadoop.fs.Path(uri)
+            path.getFileSystem(hadoop).exists(path)
     return spark
 
 
