@@ -550,6 +550,41 @@ def test_ansi_mode_changes_no_value(
     assert rows(tmp_path / "lake") == rows(sample_run[0])
 
 
+def test_settings_for_large_input_change_no_row(
+    spark: SparkSession,
+    sample_run: SampleRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(etl, "SMALL_INPUT", 0)
+    monkeypatch.setattr(etl, "SMALL_CATALOGUE", 0)
+    monkeypatch.setattr(etl, "SMALL_FILE", 0)
+    for key in etl.SMALL_CONF:
+        spark.conf.unset(key)
+    assert etl.main(["--config", os.devnull, f"--output={tmp_path / 'lake'}"]) == 0
+    assert spark.conf.get("spark.sql.adaptive.enabled") == "true"
+    assert rows(tmp_path / "lake") == rows(sample_run[0])
+
+
+def test_nothing_that_is_called_is_deprecated(tmp_path: Path) -> None:
+    script = [sys.executable, "-W", "always", str(ROOT / "etl.py"), "--debug"]
+    done = subprocess.run(
+        [*script, "--config", os.devnull],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYSPARK_SUBMIT_ARGS": "--conf spark.log.level=INFO pyspark-shell",
+        },
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "INFO SparkContext" in done.stderr  # Spark's own log is there
+    assert not re.findall("(?i).*deprecat.*|.*FutureWarning.*", done.stderr)
+
+
 WITHOUT_BOTO3 = """
 import sys
 sys.modules["boto3"] = sys.modules["botocore"] = None
