@@ -363,6 +363,9 @@ DEFAULT_CONF = {
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A song file has 250 bytes; at the default, 4 MB a file, 14,896 make 466 tasks.
     "spark.sql.files.openCostInBytes": "65536",
+    # Of shuffles, lz4: 256 MB of plays are 54 MB of Parquet. So no file need be under 1 MB.
+    "spark.sql.adaptive.advisoryPartitionSizeInBytes": "512m",
+    "spark.sql.adaptive.coalescePartitions.minPartitionSize": "8m",
 }
 # And these where the input is small.
 SMALL_CONF = {
@@ -1207,6 +1210,7 @@ def write_table(rows: DataFrame, table: str, folder: str) -> float:
         sql = f"SELECT /*+ {hint} */ * FROM {{rows}}"
         rows = rows.sparkSession.sql(sql, rows=rows)
     files = rows.sortWithinPartitions(*partitions, *order).write
+    files = files.option("maxRecordsPerFile", 25_000_000)  # of time, 6 bytes each
     files.partitionBy(*partitions).parquet(f"{folder}/{table}")
     return time.monotonic() - began
 
