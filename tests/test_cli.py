@@ -181,6 +181,23 @@ def test_folder_without_json_files_is_refused(kind: str, java: Path, cwd: Path) 
     assert f"/in holds no {kind}/" in refusal(java, "--input", "in")
 
 
+def test_link_to_nothing_is_passed_over(cwd: Path) -> None:
+    source = cwd / "in"
+    (source / "song_data" / "gone.json").symlink_to(cwd / "nowhere.json")
+    flags = ["--config", os.devnull, f"--input={source}"]
+    assert etl.preflight(etl.parse_settings(flags))
+
+
+def test_input_over_the_limit_is_not_small(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cwd / "in"
+    settings = etl.parse_settings(["--config", os.devnull, f"--input={source}"])
+    assert etl.preflight(settings)
+    monkeypatch.setattr(etl, "SMALL_INPUT", 4096)
+    assert not etl.preflight(settings)
+
+
 def test_output_must_not_be_a_file(java: Path, cwd: Path) -> None:
     (cwd / "lake").touch(mode=0o755)
     line = refusal(java, "--input", "in", "--output", "lake")
