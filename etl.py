@@ -610,8 +610,11 @@ def start_spark(settings: Settings, small: bool = False) -> SparkSession:
     if not settings.debug:
         spark.sparkContext.setLogLevel("ERROR")
     known = spark.sparkContext.getConf()
-    for key, value in {**DEFAULT_CONF, **(SMALL_CONF if small else {})}.items():
+    for key, value in DEFAULT_CONF.items():
         spark.conf.set(key, known.get(key, value))
+    if small and not any(map(known.contains, SMALL_CONF)):  # both or neither
+        for key, value in SMALL_CONF.items():
+            spark.conf.set(key, value)
     for key, value in FIXED_CONF.items():
         spark.conf.set(key, value)
     hadoop = spark._jsc.hadoopConfiguration()

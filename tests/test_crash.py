@@ -137,7 +137,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the job, maybe inside another command, in a process group of its own that is
     killed at a step or after some seconds. The folder gets `steps` and `steps.json`."""
-    options += f" {QUICK_JAVA} --conf spark.sql.shuffle.partitions=2"
+    options += f" {QUICK_JAVA}"
     folder.mkdir(exist_ok=True)
     log = folder / "steps"
     log.unlink(missing_ok=True)
