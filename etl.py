@@ -623,7 +623,8 @@ def start_spark(settings: Settings, small: bool = False) -> SparkSession:
     local.setWriteChecksum(False)  # no .crc file beside each file of the lake
     if on_s3:
         configure_s3(spark, settings.aws)
-        for uri in filter(s3_place, (settings.input, settings.output)):
+        uris = filter(s3_place, (settings.input, settings.output))
+        for uri in uris if settings.aws.session_token else ():
             # A provider of session tokens fails one of two threads that use it first.
             path = spark._jvm.org.apache.hadoop.fs.Path(uri)
             path.getFileSystem(hadoop).exists(path)
@@ -1209,18 +1210,20 @@ def build_songplays(
 # --- Stage ----------------------------------------------------------------------------
 
 
+def rebalance(rows: DataFrame, *folders: str) -> DataFrame:
+    """The rows, those of a folder together, or apart where they are many."""
+    hint = f"REBALANCE({', '.join(folders)})" if folders else "REBALANCE"
+    # DataFrame.hint takes no columns before Spark 4.
+    return rows.sparkSession.sql(f"SELECT /*+ {hint} */ * FROM {{rows}}", rows=rows)
+
+
 def write_table(rows: DataFrame, table: str, folder: str) -> float:
     """Writes a table's Parquet files below folder/<table>/; returns the seconds taken.
 
-    A partition folder gets one file, or several where its rows are many.
+    A Spark partition of the rows makes a file in each folder that it has rows of.
     """
     began = time.monotonic()
     partitions, order = TABLES[table].folders, TABLES[table].order
-    if order != ("start_time",):  # else the rows come as they are to lie
-        hint = f"REBALANCE({', '.join(partitions)})" if partitions else "REBALANCE"
-        # DataFrame.hint takes no columns before Spark 4.
-        sql = f"SELECT /*+ {hint} */ * FROM {{rows}}"
-        rows = rows.sparkSession.sql(sql, rows=rows)
     files = rows.sortWithinPartitions(*partitions, *order).write
     files = files.option("maxRecordsPerFile", 25_000_000)  # of time, 6 bytes each
     files.partitionBy(*partitions).parquet(f"{folder}/{table}")
@@ -1247,9 +1250,9 @@ def stage_tables(
     with ThreadPoolExecutor(len(TABLES)) as pool:
         fact = pool.submit(write_songplays_and_time)
         built = {
-            "users": build_users(events),
-            "songs": build_songs(raw_songs),
-            "artists": build_artists(raw_songs),
+            "users": rebalance(build_users(events)),
+            "songs": rebalance(build_songs(raw_songs), "year"),
+            "artists": rebalance(build_artists(raw_songs)),
         }
         written = {
             table: pool.submit(write_table, rows, table, folder)

@@ -39,20 +39,25 @@ def spark() -> Iterator[SparkSession]:
     session.stop()
 
 
-def run_quickly(line: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command line of the job, on a JVM that suits tiny tables."""
+def run_command(
+    line: list[str], cwd: Path | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command line, with more variables in its environment."""
     return subprocess.run(
         line,
-        env={
-            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
-            **os.environ,
-            **environ,
-        },
+        cwd=cwd,
+        env={**os.environ, **environ},
         check=False,
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+def run_quickly(line: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command line of the job, on a JVM that suits tiny tables."""
+    options = os.environ.get("PYSPARK_SUBMIT_ARGS", f"{QUICK_JAVA} pyspark-shell")
+    return run_command(line, **{"PYSPARK_SUBMIT_ARGS": options, **environ})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,17 +90,10 @@ def sample_run(
     what the command printed."""
     cwd = tmp_path_factory.mktemp("sample")
     (cwd / "dl.cfg").touch()  # it is read instead of one beside etl.py
-    done = subprocess.run(
-        [sys.executable, ROOT / "etl.py"],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "TZ": "America/Los_Angeles",
-            "PYSPARK_SUBMIT_ARGS": f"{QUICK_JAVA} pyspark-shell",
-        },
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    done = run_command(
+        [sys.executable, str(ROOT / "etl.py")],
+        cwd,
+        TZ="America/Los_Angeles",
+        PYSPARK_SUBMIT_ARGS=f"{QUICK_JAVA} pyspark-shell",
     )
     return cwd / "lake", done

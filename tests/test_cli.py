@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pyspark
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from pyspark.sql import SparkSession
 
 import etl
@@ -585,14 +585,7 @@ def test_settings_for_large_input_change_no_row(
 
 def test_nothing_that_is_called_is_deprecated(tmp_path: Path) -> None:
     script = [sys.executable, "-W", "always", str(ROOT / "etl.py"), "--debug"]
-    done = subprocess.run(
-        [*script, "--config", os.devnull],
-        cwd=tmp_path,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_command([*script, "--config", os.devnull], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "WARN NativeCodeLoader" in done.stderr  # Spark's own log is there
     assert not re.findall("(?i).*deprecat.*|.*FutureWarning.*", done.stderr)
@@ -608,15 +601,8 @@ sys.exit(etl.main(sys.argv[1:]))
 
 def run_without_boto3(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Runs the job in a Python that has no boto3."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_BOTO3, "--config", os.devnull, *flags],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    line = [sys.executable, "-c", WITHOUT_BOTO3, "--config", os.devnull, *flags]
+    return run_command(line, cwd, PYTHONPATH=str(ROOT))
 
 
 def test_local_run_needs_no_boto3(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import duckdb
 import py4j as py4j_package
 import pyspark
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
 from pyspark.sql import SparkSession
 from s3_server import free_port
 
@@ -182,15 +182,12 @@ def test_python_without_pyspark_runs_on_the_spark_home_and_its_master(
     home = tmp_path / "spark home"
     home.mkdir()
     make_spark_home(home, cluster.master)
-    done = subprocess.run(
+    done = run_command(
         # -S: without the packages that are installed
-        [sys.executable, "-S", ROOT / "etl.py", f"--output={tmp_path / 'lake'}"],
-        env={**os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable},
-        cwd=tmp_path,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, "-S", str(ROOT / "etl.py"), f"--output={tmp_path / 'lake'}"],
+        tmp_path,
+        SPARK_HOME=str(home),
+        PYSPARK_PYTHON=sys.executable,
     )
     assert done.returncode == 0, done.stderr
     assert f"on {cluster.master}" in done.stderr

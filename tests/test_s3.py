@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pyspark
 import pytest
 from botocore.stub import Stubber
-from conftest import QUICK_JAVA, ROOT, run_quickly
+from conftest import QUICK_JAVA, ROOT, run_command, run_quickly
 from s3_server import (
     REAL_SERVER,
     Server,
@@ -578,18 +577,9 @@ def test_spark_submit_without_s3a_is_told_the_packages_to_pass(
     server: Server, source: str
 ) -> None:
     spark_submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
-    done = subprocess.run(
-        [
-            str(spark_submit),
-            "--master=local[2]",
-            *command(server.config(), f"--input=s3a://{source}/in")[1:],
-        ],
-        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    script = command(server.config(), f"--input=s3a://{source}/in")[1:]
+    submit = [str(spark_submit), "--master=local[2]", *script]
+    done = run_command(submit, PYSPARK_PYTHON=sys.executable)
     printed = done.stdout.splitlines()  # where spark-submit sends Python's stderr too
     (line,) = (text for text in printed if text.startswith("etl.py: error: "))
     packages, excludes = etl.s3_packages()
