@@ -52,7 +52,7 @@ try:
     from pyspark import SparkConf, SparkContext, StorageLevel
     from pyspark.errors import AnalysisException
     from pyspark.java_gateway import launch_gateway
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
     from pyspark.sql import functions as F
 except ModuleNotFoundError as error:
     print(
@@ -363,9 +363,9 @@ DEFAULT_CONF = {
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A song file has 250 bytes; at the default, 4 MB a file, 14,896 make 466 tasks.
     "spark.sql.files.openCostInBytes": "65536",
-    # Of shuffles, lz4: 256 MB of plays are 54 MB of Parquet. So no file need be under 1 MB.
+    # Of shuffles, lz4: 258 MB of plays are 56 MB of Parquet. So no file need be under 1 MB.
     "spark.sql.adaptive.advisoryPartitionSizeInBytes": "512m",
-    "spark.sql.adaptive.coalescePartitions.minPartitionSize": "8m",
+    "spark.sql.adaptive.coalescePartitions.minPartitionSize": "5m",
 }
 # And these where the input is small.
 SMALL_CONF = {
@@ -543,20 +543,11 @@ def check_java() -> None:
 
 
 # The AWS SDK modules that S3A needs of its 640 MB bundle, by Hadoop version.
-SDK_2 = [
-    f"software.amazon.awssdk:{name}"
-    for name in (
-        "s3",
-        "s3-transfer-manager",
-        "sts",
-        "apache-client",
-        "netty-nio-client",
-    )
-]
-SDK_1 = [f"com.amazonaws:aws-java-sdk-{name}" for name in ("s3", "sts", "dynamodb")]
+SDK_1, SDK_2 = "com.amazonaws:aws-java-sdk-", "software.amazon.awssdk:"
+MODULES_2 = ("s3", "s3-transfer-manager", "sts", "apache-client", "netty-nio-client")
 SDK_MODULES = {
-    "3.3.4": [f"{module}:1.12.262" for module in SDK_1],
-    "3.4.2": [f"{module}:2.29.52" for module in SDK_2],
+    "3.3.4": [f"{SDK_1}{name}:1.12.262" for name in ("s3", "sts", "dynamodb")],
+    "3.4.2": [f"{SDK_2}{name}:2.29.52" for name in MODULES_2],
 }
 # What those packages name but Spark has already, or other clouds need.
 NOT_NEEDED = (
@@ -631,23 +622,18 @@ def start_spark(settings: Settings, small: bool = False) -> SparkSession:
     return spark
 
 
-JAVA_OPTIONS = (  # the variables that may have a choice of garbage collector
-    "PYSPARK_SUBMIT_ARGS",
-    "SPARK_SUBMIT_OPTS",
-    "JAVA_TOOL_OPTIONS",
-    "JDK_JAVA_OPTIONS",
-    "_JAVA_OPTIONS",
-)
-
-
 def start_context(settings: Settings, on_s3: bool, small: bool) -> None:
     """Starts a JVM with a Spark context; its log is shown only when debugging."""
     os.environ.setdefault("SPARK_DRIVER_MEMORY", "2g")  # with 1g large sorts spill
     options = os.environ.get("SPARK_SUBMIT_OPTS", "")
     if small:  # Java's second compiler would take 8 s of 39 and not pay
         options = f"-XX:TieredStopAtLevel=1 {options}"
-    given = " ".join(os.environ.get(name, "") for name in JAVA_OPTIONS)
-    if "GC" not in given and not {"SPARK_HOME", "SPARK_CONF_DIR"} & set(os.environ):
+    else:  # it compiles less, which takes 147 s of processor time instead of 157
+        options = f"-XX:CompileThresholdScaling=4 {options}"
+    # A choice of garbage collector, of which Java takes one only, may be in each of these.
+    given = [v for k, v in os.environ.items() if re.search("SUBMIT|JAVA.*OPTIONS", k)]
+    of_spark = {"SPARK_HOME", "SPARK_CONF_DIR"} & set(os.environ)
+    if "GC" not in " ".join(given) and not of_spark:
         options = f"-XX:+UseParallelGC {options}"  # 105 s instead of 131 for 1 M events
     os.environ["SPARK_SUBMIT_OPTS"] = options
     conf = SparkConf(loadDefaults=False)
@@ -747,6 +733,8 @@ def configure_s3(spark: SparkSession, aws: Aws) -> None:
         # The committer that writes to S3 without renaming, which there is copying.
         "fs.s3a.committer.name": "magic",
         "fs.s3a.committer.magic.enabled": "true",
+        # In the task's memory, not in two more objects a file: 1,715 requests, now 1,370.
+        "fs.s3a.committer.magic.track.commits.in.memory.enabled": "true",
         "mapreduce.outputcommitter.factory.scheme.s3a": (
             "org.apache.hadoop.fs.s3a.commit.S3ACommitterFactory"
         ),
@@ -786,74 +774,104 @@ SMALL_CATALOGUE = 100_000  # songs, of about 100 bytes each
 MAX_TS = 253402300799999  # ms, the end of the year 9999
 
 
-def read_records(
-    spark: SparkSession, folder: str, schema: str, rules: Callable[[], Column]
-) -> DataFrame:
+@dataclass(frozen=True)
+class Source:
+    """A folder of INPUT: its records' schema, why one is bad, and the id of a good one."""
+
+    folder: str
+    schema: str
+    rules: Callable[[], Column]
+    record_id: Callable[[], Column]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a folder holds: its records, good or bad; how many are bad for each reason
+    (the good ones are under None); how many different ids the good ones have."""
+
+    rows: DataFrame
+    counts: dict[str | None, int]
+    ids: int
+
+
+def read_records(spark: SparkSession, folder: str, source: Source) -> Records:
     """Every record, good or bad, of the *.json and *.json.gz files below a folder.
 
     Only files with a line that isn't one flat object (cut off, pretty-printed, several
-    on a line) are read again, whole. The result is cached.
-    Out: the schema's columns; source_file string; raw string, the text of a bad record;
-    reason string, why it is bad. Both are null for a good one.
+    on a line) are read again, whole. The rows are cached: the schema's columns;
+    source_file string; raw string, the text of a bad record; reason string, why it is
+    bad. Both are null for a good one.
     """
     files = spark.read.option("recursiveFileLookup", True)
     files = files.option("pathGlobFilter", "*.{json,json.gz}")
     path, size = F.col("_metadata.file_path"), F.col("_metadata.file_size")
     source_file = path.alias("source_file")
-    file = (source_file, size.alias("file_size"))
+    of_file = (source_file, size.alias("file_size"))
 
     def whole_files() -> DataFrame:
         return files.format("binaryFile").load(literal(folder))
 
     lines, line = files.text(literal(folder)), F.col("value").alias("raw")
     if s3_place(folder):  # a request more for each file that is read whole
-        pieces = lines.select(line, *file)
+        pieces = lines.select(line, *of_file)
     else:
         # 14,896 songs take 2.4 s, not 10.8: reading by line copies Hadoop's 1,076
         # settings for each file.
         is_small = (size <= SMALL_FILE) & ~path.endswith(".gz")
         ends = r"^\x{FEFF}|\r\n?|\n"  # a byte order mark, then the lines' ends
         text = F.split(F.col("content").cast("string"), ends)
-        pieces = lines.where(~is_small).select(line, *file)
+        pieces = lines.where(~is_small).select(line, *of_file)
         pieces = pieces.unionAll(
-            whole_files().where(is_small).select(F.explode(text).alias("raw"), *file)
+            whole_files().where(is_small).select(F.explode(text).alias("raw"), *of_file)
         )
     problem = F.when(~F.col("raw").rlike(FLAT_OBJECT), UNCLEAR).alias("problem")
     pieces = pieces.where(F.trim("raw") != "").select("*", problem)
     # In memory it would crowd out sorting: 1 M events took 131 s in all, not 121.
     on_disk = StorageLevel.DISK_ONLY
-    records = parse_records(pieces, schema, rules()).persist(on_disk)
-    unclear = records.where(F.col("reason") == UNCLEAR)
-    again = unclear.select("source_file", "file_size").distinct().collect()
+    records = parse_records(pieces, source).persist(on_disk)
+    unclear = F.col("reason") == UNCLEAR
+    file = F.when(unclear, F.struct("source_file", "file_size"))
+    counts = count_records(records, source, file)
+    again = [row.file for row in counts if row.file]
     if not again:
-        return records.drop("file_size")
+        return as_records(records, counts)
     in_small_file = F.col("source_file").isin(
         [row.source_file for row in again if row.file_size <= WHOLE_FILE_LIMIT]
     )
-    contents = (
-        whole_files()
-        .select("content", source_file)
-        .where(in_small_file)
-        .unionByName(
-            unclear.where(~in_small_file).select(
-                F.col("raw").cast("binary").alias("content"), "source_file"
-            )
-        )
-    )
+    in_large_file = records.where(unclear & ~in_small_file)
+    raw = F.col("raw").cast("binary").alias("content")
+    contents = whole_files().select("content", source_file).where(in_small_file)
+    contents = contents.unionByName(in_large_file.select(raw, "source_file"))
     split = F.udf(
-        record_splitter(re.findall(r"(\w+) \w+", schema)),
+        record_splitter(re.findall(r"(\w+) \w+", source.schema)),
         "array<struct<raw: string, problem: string>>",
         useArrow=False,
     )
     pieces = contents.select("source_file", F.explode(split("content")).alias("piece"))
     pieces = pieces.select("source_file", "piece.*", F.lit(0).alias("file_size"))
-    clear = F.col("reason").isNull() | (F.col("reason") != UNCLEAR)
-    return (
+    clear = F.col("reason").isNull() | ~unclear
+    records = (
         records.where(clear & ~in_small_file)
-        .unionByName(parse_records(pieces, schema, rules()))
-        .drop("file_size")
+        .unionByName(parse_records(pieces, source))
         .persist(on_disk)
     )
+    return as_records(records, count_records(records, source, F.lit(None)))
+
+
+def count_records(records: DataFrame, source: Source, file: Column) -> list[Row]:
+    """How many records there are by reason and file, and how many ids they have."""
+    ids = F.count_distinct(source.record_id()).alias("ids")
+    return (
+        records.groupBy("reason", file.alias("file"))
+        .agg(F.count("*").alias("records"), ids)
+        .collect()
+    )
+
+
+def as_records(rows: DataFrame, counts: Sequence[Row]) -> Records:
+    """The records of which count_records has counted all."""
+    ids = sum(row.ids for row in counts if row.reason is None)
+    return Records(rows.drop("file_size"), {c.reason: c.records for c in counts}, ids)
 
 
 def literal(path: str) -> str:
@@ -861,13 +879,14 @@ def literal(path: str) -> str:
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
 
 
-def parse_records(pieces: DataFrame, schema: str, rules: Column) -> DataFrame:
+def parse_records(pieces: DataFrame, source: Source) -> DataFrame:
     """Typed records of JSON texts. A value of the wrong type makes a bad record, no null.
 
     In: raw string; problem string, null where raw looks like one object; source_file;
     file_size. Out: the schema's columns, source_file, file_size, raw and reason as in
     read_records.
     """
+    schema = source.schema
     parsed = F.from_json("raw", f"{schema}, _corrupt string", JSON_OPTIONS)
     parsed = pieces.withColumn("record", parsed).select("*", "record.*")
     # Not by get_json_object, which takes single quotes and control characters.
@@ -881,14 +900,14 @@ def parse_records(pieces: DataFrame, schema: str, rules: Column) -> DataFrame:
         F.when(F.col("_corrupt").isNotNull() & ~is_json, "not JSON"),
         F.when(F.col("_corrupt").isNotNull(), "value of the wrong type"),
         F.when(F.greatest(F.lit(False), *too_large), "number out of range"),
-        rules,
+        source.rules(),
     )
-    return parsed.withColumn("reason", reason).select(
+    return parsed.select(
         *re.findall(r"(\w+) \w+", schema),
         "source_file",
         "file_size",
-        F.when(F.col("reason").isNotNull(), F.col("raw")).alias("raw"),
-        "reason",
+        F.when(reason.isNotNull(), F.col("raw")).alias("raw"),
+        reason.alias("reason"),
     )
 
 
@@ -997,16 +1016,6 @@ def record_splitter(
     return split
 
 
-def count_records(records: DataFrame) -> dict[str | None, int]:
-    """How many records are bad for each reason; the good ones are under None."""
-    return dict(records.groupBy("reason").count().collect())
-
-
-def count_plays(events: DataFrame) -> int:
-    """How many distinct plays there are, of which songplays has a row each."""
-    return events.where(is_play()).select(songplay_id()).distinct().count()
-
-
 # --- Build ----------------------------------------------------------------------------
 
 
@@ -1034,6 +1043,14 @@ def has_song_keys() -> Column:
 def songplay_id() -> Column:
     """A play's bigint id: the same in every run, whatever else is in the input."""
     return F.xxhash64("ts", "userId", "sessionId", "itemInSession")
+
+
+SOURCES = {
+    "songs": Source("song_data", SONG_SCHEMA, song_rules, lambda: F.col("song_id")),
+    "events": Source(
+        "log_data", EVENT_SCHEMA, event_rules, lambda: F.when(is_play(), songplay_id())
+    ),
+}
 
 
 def build_songs(raw_songs: DataFrame) -> DataFrame:
@@ -1145,9 +1162,11 @@ def build_songplays(
     user_id, level, song_id, artist_id string; session_id bigint; location, user_agent
     string; year, month int of start_time.
     """
-    key = ("ts", "userId", "sessionId", "itemInSession")
+    start_time = F.timestamp_millis("ts").alias("start_time")
+    key = ("start_time", "userId", "sessionId", "itemInSession")
     rest = ("level", "location", "userAgent")
-    plays = events.where(is_play()).select(*key, *rest, "song", "artist", "length")
+    plays = events.where(is_play()).withColumn("start_time", start_time)
+    plays = plays.select(*key, *rest, "song", "artist", "length")
     names = raw_songs.where(has_song_keys() & ~is_blank("artist_name"))
     names = names.select("artist_id", F.col("artist_name").alias("artist")).distinct()
     songs_by_name = (
@@ -1167,6 +1186,7 @@ def build_songplays(
     if small_catalogue:
         songs_by_name = songs_by_name.hint("broadcast")
         artists_by_name = artists_by_name.hint("broadcast")
+        plays = plays.repartitionByRange("start_time")
 
     def by_fit(song: Column) -> Column:
         gap = F.coalesce(F.abs(song["duration"] - F.col("length")), F.lit(math.inf))
@@ -1174,26 +1194,25 @@ def build_songplays(
 
     best = F.array_min(F.transform("songs", by_fit))
     found = (
-        # One shuffle finds the plays that were delivered twice and puts the others in the
-        # order and the files of the table.
-        plays.repartitionByRange("ts")
-        .join(songs_by_name, on=["song", "artist"], how="left")
+        plays.join(songs_by_name, on=["song", "artist"], how="left")
         .join(artists_by_name, on="artist", how="left")
         .withColumn("best", best)
         .select(*key, *rest, "best.song_id", "best.artist_id", "sole_artist_id")
+        .withColumns({"year": F.year("start_time"), "month": F.month("start_time")})
     )
-    start_time = F.timestamp_millis("ts")
+    if not small_catalogue:  # whose joins have shuffles of their own
+        found = found.repartitionByRange("start_time")
+    # That shuffle and the sort of this aggregate find the plays that were delivered twice,
+    # and put the others in the files and the order of the table.
+    play = F.struct(*rest, "song_id", "artist_id", "sole_artist_id")
     return (
-        found.groupBy(*key)
-        .agg(
-            F.max(F.struct(*rest, "song_id", "artist_id", "sole_artist_id")).alias(
-                "play"
-            )
-        )
-        .select(*key, "play.*")
+        found.groupBy("year", "month", *key)
+        .agg(F.max(play).alias("play"))
+        .select("year", "month", *key, "play.*")
+        .withColumn("ts", F.unix_millis("start_time"))
         .select(
             songplay_id().alias("songplay_id"),
-            start_time.alias("start_time"),
+            "start_time",
             F.col("userId").alias("user_id"),
             text("level"),
             "song_id",
@@ -1201,8 +1220,8 @@ def build_songplays(
             F.col("sessionId").alias("session_id"),
             text("location"),
             text("userAgent").alias("user_agent"),
-            F.year(start_time).alias("year"),
-            F.month(start_time).alias("month"),
+            "year",
+            "month",
         )
     )
 
@@ -1940,24 +1959,19 @@ def format_report(report: dict[str, Any]) -> str:
 # --- Main -----------------------------------------------------------------------------
 
 
-def read_input(
-    spark: SparkSession, folder: str
-) -> tuple[dict[str, DataFrame], dict[str, dict[str | None, int]]]:
-    """The records of song_data and log_data, read at the same time, and their counts."""
-    kinds = {
-        "songs": (f"{folder}/song_data", SONG_SCHEMA, song_rules),
-        "events": (f"{folder}/log_data", EVENT_SCHEMA, event_rules),
-    }
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        frames = {k: pool.submit(read_records, spark, *how) for k, how in kinds.items()}
-        records = {kind: frame.result() for kind, frame in frames.items()}
-        counts = dict(zip(records, pool.map(count_records, records.values())))
-    return records, counts
+def read_input(spark: SparkSession, folder: str) -> dict[str, Records]:
+    """The records of song_data and log_data, read at the same time."""
+    with ThreadPoolExecutor(len(SOURCES)) as pool:
+        found = {
+            kind: pool.submit(read_records, spark, f"{folder}/{source.folder}", source)
+            for kind, source in SOURCES.items()
+        }
+        return {kind: records.result() for kind, records in found.items()}
 
 
-def stage_rejected(records: dict[str, DataFrame], folder: str) -> None:
+def stage_rejected(records: dict[str, Records], folder: str) -> None:
     """Writes the bad records below a folder as JSON lines: source_file, reason, raw."""
-    frames = [frame.where(F.col("reason").isNotNull()) for frame in records.values()]
+    frames = [of.rows.where(F.col("reason").isNotNull()) for of in records.values()]
     frames = [frame.select("source_file", "reason", "raw") for frame in frames]
     rejected = reduce(DataFrame.unionAll, frames)
     rejected.repartitionByRange("source_file").write.json(folder)  # to few files
@@ -2001,13 +2015,15 @@ def build_lake(
     """Read, build, stage, check, publish. Returns the report; raises RunError when the
     input or the staged tables fail a check."""
     lake, staging = settings.output, f"{settings.output}/_staging/{run_id}"
-    records, counts = read_input(spark, settings.input)
+    records = read_input(spark, settings.input)
     described = {
         kind: {
-            "read": sum(of.values()),
-            "rejected": {why: of[why] for why in sorted(filter(None, of))},
+            "read": sum(of.counts.values()),
+            "rejected": {
+                why: of.counts[why] for why in sorted(filter(None, of.counts))
+            },
         }
-        for kind, of in counts.items()
+        for kind, of in records.items()
     }
     read = sum(of["read"] for of in described.values())
     bad = sum(sum(of["rejected"].values()) for of in described.values())
@@ -2023,25 +2039,26 @@ def build_lake(
             f"{bad:,} of {read:,} records are bad, over --max-rejected "
             f"{settings.max_rejected:g}: no table is changed: see them in {lake}/{rejected}"
         )
-    for kind, folder in (("songs", "song_data"), ("events", "log_data")):
-        if not counts[kind].get(None):
-            raise RunError(f"no record in {settings.input}/{folder}: check --input")
-    raw_songs = records["songs"].where(F.col("reason").isNull())
-    events = records["events"].where(F.col("reason").isNull())
-    plays = count_plays(events)
+    for kind, source in SOURCES.items():
+        if not records[kind].counts.get(None):
+            folder = f"{settings.input}/{source.folder}"
+            raise RunError(f"no record in {folder}: check --input")
+    plays = records["events"].ids
     if not plays:
         raise RunError(f"no play (page NextSong) in {settings.input}/log_data")
-    small = counts["songs"][None] <= SMALL_CATALOGUE
+    raw_songs, events = (of.rows.where("reason IS NULL") for of in records.values())
+    small = records["songs"].counts[None] <= SMALL_CATALOGUE
     seconds = stage_tables(spark, events, raw_songs, staging, small)
     sizes = files.sizes(f"_staging/{run_id}")
     log_step(clock, "stage", f"{len(sizes):,} files")
     checked = check_tables(spark, staging)
     rows = checked["rows"]
-    if rows["songplays"] != plays:
-        raise RunError(
-            f"check failed: songplays has {rows['songplays']:,} rows, not {plays:,}, the "
-            "distinct plays of the input"
-        )
+    for table, kind, what in (("songplays", "events", "plays"), ("songs",) * 3):
+        if rows[table] != records[kind].ids:
+            raise RunError(
+                f"check failed: {table} has {rows[table]:,} rows, not "
+                f"{records[kind].ids:,}, the distinct {what} of the input"
+            )
     log_step(clock, "check", f"{sum(rows.values()):,} rows, all keys unique and found")
     report = {
         "run": run_id,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import shutil
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional
 from urllib.parse import unquote
 
 import pytest
-from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 
 import etl
 
@@ -283,19 +283,23 @@ def play(**changes: str | None) -> str:
     return to_json({**keys, "sessionId": "139", "itemInSession": "0", **changes})
 
 
-def read(
-    spark: SparkSession,
-    folder: Path,
-    files: dict[str, str | bytes],
-    schema: str,
-    rules: Callable[[], Column],
-) -> DataFrame:
-    """The records of some files, which are written first."""
+def write(folder: Path, files: dict[str, str | bytes]) -> None:
+    """Writes files, by their paths below a folder."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return etl.read_records(spark, etl.to_uri(str(folder)), schema, rules)
+
+
+def read(
+    spark: SparkSession,
+    folder: Path,
+    files: dict[str, str | bytes],
+    source: etl.Source,
+) -> DataFrame:
+    """The records of some files, which are written first."""
+    write(folder, files)
+    return etl.read_records(spark, etl.to_uri(str(folder)), source).rows
 
 
 def by_file(records: DataFrame, folder: Path) -> dict[str, list[Row]]:
@@ -376,7 +380,7 @@ def songs(
     files: dict[str, str | bytes] = {
         f"{n}.json": content for n, content in enumerate(contents)
     }
-    found = by_file(read(spark, folder, files, etl.SONG_SCHEMA, etl.song_rules), folder)
+    found = by_file(read(spark, folder, files, etl.SOURCES["songs"]), folder)
     return {content: found[f"{n}.json"] for n, content in enumerate(contents)}
 
 
@@ -437,7 +441,7 @@ def events(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> lis
     """The records of a file of all events, in no order."""
     folder = tmp_path_factory.mktemp("events")
     lines: dict[str, str | bytes] = {"all.json": "\n".join(EVENTS)}
-    return read(spark, folder, lines, etl.EVENT_SCHEMA, etl.event_rules).collect()
+    return read(spark, folder, lines, etl.SOURCES["events"]).collect()
 
 
 def test_bad_events_of_a_file_are_rejected_with_their_text(events: list[Row]) -> None:
@@ -524,7 +528,7 @@ def mixed(
     folder = tmp_path_factory.mktemp("odd") / "100% [a-z] {b,c} d* #1+é=%20"
     files = {name: content for name, (content, _, _) in MIXED.items()}
     files.update(dict.fromkeys(IGNORED, song()))
-    records = read(spark, folder, files, etl.SONG_SCHEMA, etl.song_rules)
+    records = read(spark, folder, files, etl.SOURCES["songs"])
     return by_file(records, folder)
 
 
@@ -549,7 +553,7 @@ def test_file_too_large_to_read_whole_is_read_right_line_by_line(
     large = f"{song(title='1')}\r\nfoo\n\n{song(title='2')}{song(title='3')}\n{PRETTY}"
     small = PRETTY  # of less than 100 bytes
     files: dict[str, str | bytes] = {"large.json": large, "small.json": small}
-    records = read(spark, tmp_path, files, etl.SONG_SCHEMA, etl.song_rules)
+    records = read(spark, tmp_path, files, etl.SOURCES["songs"])
     rows = by_file(records, tmp_path)
     loaded = [row.title for row in rows["large.json"] if row.reason is None]
     rejected = {row.raw for row in rows["large.json"] if row.reason == NOT_JSON}
@@ -567,7 +571,11 @@ def test_clean_input_is_read_only_once_and_without_python(
         "a.json": f"{song(title='1')}\n{song(title='2')}\n",
         "b/c.json": f"\ufeff{song(song_id=None)}\r\n\r\n",
     }
-    records = read(spark, tmp_path, files, etl.SONG_SCHEMA, etl.song_rules)
+    write(tmp_path, files)
+    songs = etl.SOURCES["songs"]
+    records = etl.read_records(spark, etl.to_uri(str(tmp_path)), songs)
+    assert records.counts == {None: 2, "no song_id": 1}
+    assert records.ids == 1  # both good ones have the same song_id
     shutil.rmtree(tmp_path)  # what is read is cached
-    assert etl.count_records(records) == {None: 2, "no song_id": 1}
-    assert "EvalPython" not in records._jdf.queryExecution().toString()
+    assert records.rows.count() == 3
+    assert "EvalPython" not in records.rows._jdf.queryExecution().toString()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, NoReturn
 
 import pytest
-from pyspark.sql import Column, Row, SparkSession
+from pyspark.sql import Row, SparkSession
 
 import etl
 
@@ -27,8 +27,7 @@ class Source:
     """Songs or log events: how the job reads them, and what a good one is."""
 
     name: str
-    schema: str
-    rules: Callable[[], Column]
+    read_as: etl.Source
     some_text: str  # a column of text that isn't a key
     types: dict[str, str]  # by column: text, real, or the bits of a whole number
     good: dict[str, str]  # JSON text by key
@@ -37,8 +36,7 @@ class Source:
 SOURCES = (
     Source(
         "song",
-        etl.SONG_SCHEMA,
-        etl.song_rules,
+        etl.SOURCES["songs"],
         "title",
         {
             "song_id": "text",
@@ -66,8 +64,7 @@ SOURCES = (
     ),
     Source(
         "event",
-        etl.EVENT_SCHEMA,
-        etl.event_rules,
+        etl.SOURCES["events"],
         "song",
         {
             "ts": "64",
@@ -639,7 +636,7 @@ def found(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(etl, "WHOLE_FILE_LIMIT", LIMIT)
             uri = etl.to_uri(str(folder))
-            records = etl.read_records(spark, uri, source.schema, source.rules)
+            records = etl.read_records(spark, uri, source.read_as).rows
         rows = records.collect()
         records.unpersist()
         by_file = found.setdefault(source.name, {})
