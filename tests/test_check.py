@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,33 @@ def test_a_foreign_key_that_finds_no_row_fails(
 ) -> None:
     lake[LAST[holder]].append(row)
     fails(spark, lake, tmp_path, holder, *words)
+
+
+@pytest.mark.parametrize(
+    ("build", "kept", "line"),
+    [
+        ("build_songplays", "user_id = '8'", "songplays has 1 rows, not 2, .* plays"),
+        ("build_songs", "song_id = 'S1'", "songs has 1 rows, not 2, .* songs"),
+    ],
+)
+def test_a_table_that_lost_a_row_of_the_input_fails(
+    build: str,
+    kept: str,
+    line: str,
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    song = '{{"song_id": "S{0}", "artist_id": "A{0}", "artist_name": "N{0}"}}\n'
+    play = '{{"page": "NextSong", "ts": 1, "userId": "{}", "sessionId": 1}}\n'
+    for folder, record, keys in (("song", song, "12"), ("log", play, "889")):
+        (tmp_path / f"{folder}_data").mkdir()
+        records = "".join(map(record.format, keys))
+        (tmp_path / f"{folder}_data" / "a.json").write_text(records)
+    real = getattr(etl, build)
+    monkeypatch.setattr(etl, build, lambda *of: real(*of).where(kept))
+    flags = [f"--input={tmp_path}", f"--output={tmp_path / 'lake'}"]
+    assert etl.main(["--config=/dev/null", *flags]) == 1
+    assert re.search(f"check failed: {line} of the input", capsys.readouterr().err)
+    assert not (tmp_path / "lake" / "songs").exists()
