@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,6 +39,22 @@ def spark() -> Iterator[SparkSession]:
     session.conf.set("spark.sql.shuffle.partitions", 2)
     yield session
     session.stop()
+
+
+def by_file(records: DataFrame, folder: Path) -> dict[str, list[Row]]:
+    """Records as read from a folder, by the path of their file from there."""
+    files = records.sparkSession.read.option("recursiveFileLookup", True)
+    path = F.col("_metadata.file_path")
+    names = files.format("binaryFile").load(etl.literal(etl.to_uri(str(folder))))
+    name_of = dict(names.select(F.xxhash64(path), path).collect())
+    found: dict[str, list[Row]] = {}
+    for row in records.orderBy("raw", *records.columns[1:2]).collect():
+        name = name_of[row.file_id]
+        assert row.source_file == (name if row.reason else None)
+        name = unquote(name)
+        assert name.startswith(f"file:{folder}/")
+        found.setdefault(name[len(f"file:{folder}/") :], []).append(row)
+    return found
 
 
 def run_command(

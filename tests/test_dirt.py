@@ -6,9 +6,9 @@ import gzip
 import shutil
 from pathlib import Path
 from typing import Optional
-from urllib.parse import unquote
 
 import pytest
+from conftest import by_file
 from pyspark.sql import DataFrame, Row, SparkSession
 
 import etl
@@ -300,16 +300,6 @@ def read(
     """The records of some files, which are written first."""
     write(folder, files)
     return etl.read_records(spark, etl.to_uri(str(folder)), source).rows
-
-
-def by_file(records: DataFrame, folder: Path) -> dict[str, list[Row]]:
-    """The records by the path of their file below the folder."""
-    found: dict[str, list[Row]] = {}
-    for row in records.orderBy("source_file", "raw", "title").collect():
-        path = unquote(row.source_file)
-        assert path.startswith(f"file:{folder}/")
-        found.setdefault(path[len(f"file:{folder}/") :], []).append(row)
-    return found
 
 
 # By the song file's content: the values that are loaded.

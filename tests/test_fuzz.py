@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, NoReturn
 
 import pytest
+from conftest import by_file
 from pyspark.sql import Row, SparkSession
 
 import etl
@@ -289,7 +290,7 @@ CONTROLS = [
 ]
 KEYS = [
     *(r'"\u0000"', '""', '" "', '"_corrupt"', '"raw"', '"reason"', '"problem"', '"$"'),
-    *('"source_file"', '"file_size"', '"a.b"', '"a`b"', '"é"', r'"\ud800"', '"record"'),
+    *('"source_file"', '"file_id"', '"a.b"', '"a`b"', '"é"', r'"\ud800"', '"record"'),
 ]
 BYTES = [b"\xff", b"\x80", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe9"]
 BYTES += [b"\xe2\x82", b"\xf0\x9f\x98", b"\xc1\xbf"]
@@ -637,13 +638,11 @@ def found(
             patch.setattr(etl, "WHOLE_FILE_LIMIT", LIMIT)
             uri = etl.to_uri(str(folder))
             records = etl.read_records(spark, uri, source.read_as).rows
-        rows = records.collect()
+        found[source.name] = {
+            name: [outcome(source, row) for row in rows]
+            for name, rows in by_file(records, folder).items()
+        }
         records.unpersist()
-        by_file = found.setdefault(source.name, {})
-        for row in rows:
-            assert row.source_file.startswith(f"file:{folder}/")
-            name = row.source_file[len(f"file:{folder}/") :]
-            by_file.setdefault(name, []).append(outcome(source, row))
     return found
 
 
