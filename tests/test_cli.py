@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pyspark
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, wait_for_archive
 from pyspark.sql import SparkSession
 
 import etl
@@ -719,3 +719,35 @@ def test_truncated_gzip_file_is_named(
     line = failure(source, tmp_path / "lake", capsys)
     assert re.search(r"/log_data/cut( |%20)off\.json\.gz: .*[Uu]nexpected end", line)
     assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.long
+def test_later_run_takes_its_classes_from_the_archive_of_the_first(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "a cache")}
+    done = run_command(command, tmp_path, **cache)
+    assert done.returncode == 0, done.stderr
+    archive = Path(re.search(r" java     archives .*: (/.*\.jsa)\n", done.stderr)[1])
+    wait_for_archive(archive)
+    classes = tmp_path / "classes.txt"
+    log = f"-Xlog:class+load:file={classes}"
+    done = run_command(command, tmp_path, **cache, SPARK_SUBMIT_OPTS=log)
+    assert done.returncode == 0, done.stderr
+    assert " java " not in done.stderr
+    assert classes.read_text().count("shared objects file (top)") > 10_000
+
+
+@pytest.mark.parametrize("option", ["-Xshare:auto", "-XX:SharedArchiveFile=/x.jsa"])
+def test_no_archive_is_made_where_the_user_has_chosen(
+    option: str, java: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    environ = {"JAVA_HOME": str(java), "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull]
+    done = run_command(command, tmp_path, **environ, SPARK_SUBMIT_OPTS=option)
+    assert "Spark didn't start" in done.stderr  # on that Java
+    assert (java / "started").exists()
+    assert not cache.exists()
+    assert " java " not in done.stderr

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import sys
-import time
-from pathlib import Path
 from typing import Any, Callable
 
 import botocore.session
 import duckdb
 import pytest
 from botocore.validate import ParamValidator
-from conftest import ROOT, run_command
+from conftest import ROOT
 
 import etl
 
@@ -230,26 +226,6 @@ def test_rights_in_the_catalog_section_are_those_of_the_calls() -> None:
     calls |= {f"batch_{change}_partition" for change in etl.GLUE_BATCHES}
     used = {"glue:" + call.title().replace("_", "") for call in calls}
     assert set(statement["Action"]) == used
-
-
-@pytest.mark.long
-def test_archive_of_java_classes_can_be_made_and_used(tmp_path: Path) -> None:
-    options = re.findall(
-        r"^SPARK_SUBMIT_OPTS=(\S+) python etl.py", README, re.MULTILINE
-    )
-    make, use = (option.replace("$HOME", str(tmp_path)) for option in options)
-    command = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull]
-    done = run_command(command, tmp_path, SPARK_SUBMIT_OPTS=make)
-    assert done.returncode == 0, done.stderr
-    archive, size, before = tmp_path / "spark.jsa", 0, -1
-    deadline = time.monotonic() + 120
-    while not size or size != before:  # Java writes it after the job's end
-        assert time.monotonic() < deadline
-        time.sleep(1)
-        before, size = size, archive.stat().st_size if archive.exists() else 0
-    use += " -Xshare:on"  # or fail
-    done = run_command(command, tmp_path, SPARK_SUBMIT_OPTS=use)
-    assert done.returncode == 0, done.stderr
 
 
 def test_query_for_athena_is_one_of_these_tables() -> None:
