@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -707,17 +708,16 @@ def archive_option() -> str:
     key = f"{java} {os.path.getmtime(java)} {home} {os.path.getmtime(home)}"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = f"spark-{pyspark.__version__}-{zlib.crc32(key.encode()):08x}.jsa"
-    archive = os.path.join(cache, "sparkify-etl", name)
-    # Unknown to Java 12 and older.
-    known = f"-XX:+IgnoreUnrecognizedVMOptions '-XX:%s={archive}'"
-    if os.path.exists(archive):
-        return known % "SharedArchiveFile"
-    try:
-        os.makedirs(os.path.dirname(archive), exist_ok=True)
-    except OSError:  # the home of some system users is no folder
-        return ""
-    log.info("java     archives Spark's classes after this run, once: %s", archive)
-    return known % "ArchiveClassesAtExit"
+    archive, option = os.path.join(cache, "sparkify-etl", name), "SharedArchiveFile"
+    if not os.path.exists(archive):
+        try:
+            os.makedirs(os.path.dirname(archive), exist_ok=True)
+        except OSError:  # the home of some system users is no folder
+            return ""
+        option = "ArchiveClassesAtExit"
+        log.info("java     archives Spark's classes after this run, once: %s", archive)
+    # Java 12 and older know neither.
+    return f"-XX:+IgnoreUnrecognizedVMOptions {shlex.quote(f'-XX:{option}={archive}')}"
 
 
 def relay(reader: int, printed: deque[bytes], everything: bool) -> None:

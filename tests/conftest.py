@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import subprocess
 import sys
 import time
@@ -48,7 +48,7 @@ def class_archive(tmp_path_factory: pytest.TempPathFactory) -> None:
         lake = tmp_path_factory.mktemp("archive") / "lake"
         line = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull]
         run_quickly([*line, "--output", str(lake)]).check_returncode()
-        wait_for_archive(Path(re.search("=(/.*)'", option)[1]))
+        wait_for_archive(Path(shlex.split(option)[-1].partition("=")[2]))
 
 
 @pytest.fixture(scope="session")

@@ -726,7 +726,7 @@ def test_later_run_takes_its_classes_from_the_archive_of_the_first(
     tmp_path: Path,
 ) -> None:
     command = [sys.executable, str(ROOT / "etl.py"), "--config", os.devnull]
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "a cache")}
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "50% 'of a cache")}
     done = run_command(command, tmp_path, **cache)
     assert done.returncode == 0, done.stderr
     archive = Path(re.search(r" java     archives .*: (/.*\.jsa)\n", done.stderr)[1])
