@@ -290,7 +290,16 @@ CONTROLS = [
 ]
 KEYS = [
     *(r'"\u0000"', '""', '" "', '"_corrupt"', '"raw"', '"reason"', '"problem"', '"$"'),
-    *('"source_file"', '"file_id"', '"a.b"', '"a`b"', '"é"', r'"\ud800"', '"record"'),
+    *(
+        '"source_file"',
+        '"file_size"',
+        '"file_id"',
+        '"a.b"',
+        '"a`b"',
+        '"é"',
+        r'"\ud800"',
+        '"record"',
+    ),
 ]
 BYTES = [b"\xff", b"\x80", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe9"]
 BYTES += [b"\xe2\x82", b"\xf0\x9f\x98", b"\xc1\xbf"]
