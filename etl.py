@@ -1457,12 +1457,18 @@ class LocalFiles:
 
     def create(self, name: str, text: str) -> bool:
         """Writes a small file unless there is one; returns whether it did."""
-        os.makedirs(os.path.dirname(f"{self.root}/{name}"), exist_ok=True)
+        path = f"{self.root}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            with open(f"{self.root}/{name}", "x", encoding="utf-8") as file:
-                file.write(text)
+            open(path, "x").close()
         except FileExistsError:
             return False
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:  # such as of a full disk, which names no file
+            os.remove(path)
+            raise OSError(error.errno, error.strerror, path) from error
         return True
 
     def move(self, source: str, target: str) -> None:

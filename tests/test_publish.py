@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -181,6 +182,18 @@ def test_lock_is_there_while_it_is_held_only(tmp_path: Path) -> None:
         held = json.loads((tmp_path / "lake" / "_lock").read_text())
         assert (held["run"], held["pid"]) == ("run1", os.getpid())
     assert not (tmp_path / "lake").exists()
+
+
+def test_file_that_cannot_be_written_whole_is_named_and_deleted(tmp_path: Path) -> None:
+    files = etl.LocalFiles(str(tmp_path / "lake"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/lake/_lock'"):
+            files.create("_lock", "two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(tmp_path) == set()
 
 
 def test_second_run_is_told_who_holds_the_lock(tmp_path: Path) -> None:
