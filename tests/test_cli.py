@@ -583,6 +583,27 @@ def test_settings_for_large_input_change_no_row(
     assert rows(tmp_path / "lake") == rows(sample_run[0])
 
 
+@pytest.mark.parametrize(
+    ("before", "records", "after"),
+    [("200", 1_000, "2"), ("200", 2_200_000_000, "4400"), ("9", 2_200_000_000, "9")],
+    ids=["one a core", "one each 500,000 records", "as the user has set it"],
+)
+def test_shuffles_have_partitions_for_their_records(
+    spark: SparkSession,
+    before: str,
+    records: int,
+    after: str,
+) -> None:
+    key = "spark.sql.shuffle.partitions"
+    of_tests = spark.conf.get(key)
+    spark.conf.set(key, before)
+    try:
+        etl.size_shuffles(spark, records)
+        assert spark.conf.get(key) == after
+    finally:
+        spark.conf.set(key, of_tests)
+
+
 def test_nothing_that_is_called_is_deprecated(tmp_path: Path) -> None:
     script = [sys.executable, "-W", "always", str(ROOT / "etl.py"), "--debug"]
     done = run_command([*script, "--config", os.devnull], tmp_path)
