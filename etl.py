@@ -1682,12 +1682,14 @@ def publish(
     journal = {"run": run_id, "staged": list(staged), "replaced": replaced}
     outcome = "the tables are as they were"
     try:
+        confirm_lock(files, run_id)
         write_journal(files, journal)
         outcome = "the next start of etl.py finishes it"
         try:
             move_staged(files, run_id, staged)
         except BaseException:
             # Not moved back: deleting is still allowed where writing is no more.
+            confirm_lock(files, run_id)
             clean_up(files, staged)
             outcome = "the tables are as they were"
             raise
@@ -1750,40 +1752,67 @@ def read_lock(files: Files) -> dict[str, Any]:
         return {}
 
 
+def confirm_lock(files: Files, run_id: str) -> None:
+    """Raises RunError when another run has taken over the lock of this one."""
+    other = read_lock(files)
+    if other.get("run", run_id) != run_id:
+        raise RunError(f"run {other['run']} has taken over the lock")
+
+
+def this_system() -> str:
+    """What tells this host since its start, and a container on it, from all others that
+    count their processes by themselves."""
+    names = [socket.gethostname()]
+    with suppress(OSError):  # of a system without /proc
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            names.append(file.read().strip())
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(names)
+
+
 def process_start(pid: int) -> str | None:
-    """What tells a process from a later one with its number; None if it has ended."""
-    try:
-        os.kill(pid, 0)
+    """What tells a process of this system from a later one with its number; None if it
+    has ended; "unknown" where that can't be seen."""
+    with suppress(OSError):  # of a system without /proc, or one that hides processes
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             state = file.read().rpartition(")")[2].split()
         return None if state[0] in "ZX" else state[19]
-    except ProcessLookupError:
-        return None
-    except OSError:  # a process of another user, or a system without /proc
-        return "unknown"
+    with suppress(PermissionError):  # of a process of another user
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+    return "unknown"
+
+
+def is_dead(lock: dict[str, Any]) -> bool:
+    """Whether the holder of a lock is known to have ended."""
+    if lock.get("system") != this_system():
+        return False
+    start = process_start(lock["pid"])
+    return start != "unknown" and start != lock["process_start"]
 
 
 @contextmanager
 def hold_lock(files: Files, run_id: str, lake: str, break_lock: bool) -> Iterator[None]:
     """Keeps other runs from the lake while inside. Takes over the lock of a run that was
-    killed on this host, or any with --break-lock.
+    killed on this host since its start, or any with --break-lock.
 
     Raises RunError, naming the holder, when another run holds it.
     """
-    host, pid = socket.gethostname(), os.getpid()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    me = {"run": run_id, "host": host, "pid": pid, "started": started}
-    me["process_start"] = process_start(pid)
+    me = {"run": run_id, "host": socket.gethostname(), "pid": os.getpid()}
+    me.update(started=started, system=this_system())
+    me["process_start"] = process_start(os.getpid())
     # Of several starts that find the same dead lock, one at a time may look at it.
     guard = os.open(tempfile.gettempdir(), os.O_RDONLY)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX)
         while not files.create("_lock", json.dumps(me)):
             other = read_lock(files)
-            dead = other.get("host") == host and (
-                process_start(other["pid"]) != other["process_start"]
-            )
-            if not (dead or break_lock):
+            if other.get("run") == run_id:  # a request to S3 that was sent once more
+                break
+            if not (break_lock or is_dead(other)):
                 raise RunError(
                     f"another run writes to {lake}: process "
                     f"{other.get('pid')} on {other.get('host')}, since "

@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def write_lock(lake: Path, **changes: Any) -> None:
     lock = {
         "run": "killed",
         "host": socket.gethostname(),
+        "system": etl.this_system(),
         "pid": dead_pid(),
         "process_start": "1",
         "started": "2018-11-30T00:00:00+00:00",
@@ -237,16 +239,69 @@ def test_lock_of_a_killed_run_on_this_host_is_taken_over(
         assert json.loads((tmp_path / "_lock").read_text())["run"] == "run2"
 
 
-@pytest.mark.parametrize("content", [None, ""], ids=["another host's", "unreadable"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"host": "elsewhere", "system": "elsewhere"},
+        {"system": f"{socket.gethostname()} before-its-last-start pid:[1]"},
+        {"system": None},
+    ],
+    ids=["another host", "another start or container", "an older version"],
+)
 def test_other_locks_are_taken_over_by_flag_only(
-    tmp_path: Path, content: str | None
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    write_lock(tmp_path, host="elsewhere")
-    if content is not None:
-        (tmp_path / "_lock").write_text(content)
+    write_lock(tmp_path, **changes)
+    assert_taken_over_by_flag_only(tmp_path)
+
+
+def test_unreadable_lock_is_taken_over_by_flag_only(tmp_path: Path) -> None:
+    (tmp_path / "_lock").write_text("")
+    assert_taken_over_by_flag_only(tmp_path)
+
+
+def assert_taken_over_by_flag_only(lake: Path) -> None:
+    """A lock is respected without --break-lock."""
     refused = pytest.raises(etl.RunError, match="--break-lock")
-    with refused, hold(tmp_path, "run2"):
+    with refused, hold(lake, "run2"):
         pass
-    with hold(tmp_path, "run3", by_force=True):
-        assert json.loads((tmp_path / "_lock").read_text())["run"] == "run3"
-    assert files_of(tmp_path) == set()
+    with hold(lake, "run3", by_force=True):
+        assert json.loads((lake / "_lock").read_text())["run"] == "run3"
+    assert files_of(lake) == set()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
+def test_lock_of_another_users_live_run_is_respected(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # an unprivileged process, which can't send the lock's holder a signal
+        os.setuid(65534)
+        lock = {"pid": os.getppid(), "system": etl.this_system()}
+        lock["process_start"] = etl.process_start(os.getppid())
+        os.write(writer, b"dead" if etl.is_dead(lock) else b"live")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(reader, 4) == b"live"
+
+
+def test_run_that_lost_its_lock_publishes_nothing(lake: Path) -> None:
+    write_lock(lake, run="run2")
+    with pytest.raises(etl.RunError, match="as they were: run run2 has taken over"):
+        publish(etl.LocalFiles(str(lake)))
+    assert tables_of(lake) == OLD
+
+
+def test_run_that_lost_its_lock_undoes_nothing(lake: Path) -> None:
+    guard, thieves = threading.Lock(), ["run2"]
+
+    class Robbed(etl.LocalFiles):
+        def move(self, source: str, target: str) -> None:
+            with guard:
+                if target != "_journal.json" and thieves:
+                    write_lock(lake, run=thieves.pop())
+                    etl.recover(etl.LocalFiles(str(lake)))
+            super().move(source, target)
+
+    with pytest.raises(etl.RunError, match="run run2 has taken over"):
+        publish(Robbed(str(lake)))
+    assert tables_of(lake) == NEW
