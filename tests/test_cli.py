@@ -360,6 +360,10 @@ def test_settings_file_may_have_quotes_percent_signs_a_bom_and_gaps(cwd: Path) -
         ("file:/a/lake/", "file:///a/lake"),
         ("file:///a/lake", "file:///a/lake"),
         ("hdfs://host:9000/a/lake/", "hdfs://host:9000/a/lake"),
+        ("hdfs:///a//lake", "hdfs:///a/lake"),
+        ("s3a://bucket//a/.//b/../lake/", "s3a://bucket/a/lake"),
+        ("s3a://bucket/", "s3a://bucket"),
+        ("s3a://bucket", "s3a://bucket"),
         ("in/lake", "file://{cwd}/in/lake"),
     ],
 )
