@@ -2095,13 +2095,19 @@ def run(settings: Settings) -> dict[str, Any]:
         log_step(
             clock, "start", f"Spark {spark.version} on {spark.sparkContext.master}"
         )
-        recover(files)
+        if threading.current_thread() is threading.main_thread():
+            # As by Ctrl-C, for which pyspark stops the jobs first.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         try:
+            recover(files)
             return build_lake(spark, files, settings, run_id, clock)
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):  # what else fails now would hide the reason
+                confirm_lock(files, run_id)
                 if not files.read("_journal.json"):
                     files.delete_folder("_staging")
+            if isinstance(error, SettingsError):  # of S3, which was in order before
+                raise RunError(str(error)) from error
             raise
 
 
