@@ -442,6 +442,7 @@ S3_ADVICE = {
     "AWS_REGION and the network",
     "ConnectTimeoutError": "ENDPOINT doesn't answer: check ENDPOINT_URL and the network",
     "ReadTimeoutError": "ENDPOINT doesn't answer: check ENDPOINT_URL and the network",
+    "ParamValidationError": "this boto3 is too old: run pip install --upgrade boto3",
     "NoCredentialsError": "no AWS credentials: put AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY under [AWS] in dl.cfg or into the environment, or run where "
     "a role gives them",
