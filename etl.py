@@ -53,7 +53,7 @@ try:
     from pyspark import SparkConf, SparkContext, StorageLevel
     from pyspark.errors import AnalysisException
     from pyspark.java_gateway import launch_gateway
-    from pyspark.sql import Column, DataFrame, Row, SparkSession
+    from pyspark.sql import Column, DataFrame, Observation, Row, SparkSession
     from pyspark.sql import functions as F
 except ModuleNotFoundError as error:
     print(
@@ -819,22 +819,23 @@ MAX_TS = 253402300799999  # ms, the end of the year 9999
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of INPUT: its records' schema, why one is bad, and the id of a good one."""
+    """A folder of INPUT: its records' schema, why one is bad, and the count of the good
+    ones that a table is checked against."""
 
     folder: str
     schema: str
     rules: Callable[[], Column]
-    record_id: Callable[[], Column]
+    tally: Callable[[], Column]
 
 
 @dataclass(frozen=True)
 class Records:
     """What a folder holds: its records, good or bad; how many are bad for each reason
-    (the good ones are under None); how many different ids the good ones have."""
+    (the good ones are under None); their tally: distinct songs, or plays, each delivery."""
 
     rows: DataFrame
     counts: dict[str | None, int]
-    ids: int
+    tally: int
 
 
 def read_records(spark: SparkSession, folder: str, source: Source) -> Records:
@@ -920,19 +921,18 @@ def is_flat_object(name: str) -> Column:
 
 
 def count_records(records: DataFrame, source: Source, file: Column) -> list[Row]:
-    """How many records there are by reason and file, and how many ids they have."""
-    ids = F.count_distinct(source.record_id()).alias("ids")
+    """How many records there are by reason and file, and their tally."""
     return (
         records.groupBy("reason", file.alias("file"))
-        .agg(F.count("*").alias("records"), ids)
+        .agg(F.count("*").alias("records"), source.tally().alias("tally"))
         .collect()
     )
 
 
 def as_records(rows: DataFrame, counts: Sequence[Row]) -> Records:
     """The records of which count_records has counted all."""
-    ids = sum(row.ids for row in counts if row.reason is None)
-    return Records(rows.drop("file_size"), {c.reason: c.records for c in counts}, ids)
+    tally = sum(row.tally for row in counts if row.reason is None)
+    return Records(rows.drop("file_size"), {c.reason: c.records for c in counts}, tally)
 
 
 def literal(path: str) -> str:
@@ -1108,9 +1108,11 @@ def songplay_id() -> Column:
 
 
 SOURCES = {
-    "songs": Source("song_data", SONG_SCHEMA, song_rules, lambda: F.col("song_id")),
+    "songs": Source(
+        "song_data", SONG_SCHEMA, song_rules, lambda: F.count_distinct("song_id")
+    ),
     "events": Source(
-        "log_data", EVENT_SCHEMA, event_rules, lambda: F.when(is_play(), songplay_id())
+        "log_data", EVENT_SCHEMA, event_rules, lambda: F.count_if(is_play())
     ),
 }
 
@@ -1211,7 +1213,10 @@ def build_time(songplays: DataFrame) -> DataFrame:
 
 
 def build_songplays(
-    events: DataFrame, raw_songs: DataFrame, small_catalogue: bool = False
+    events: DataFrame,
+    raw_songs: DataFrame,
+    small_catalogue: bool = False,
+    counts: Observation | None = None,
 ) -> DataFrame:
     """One row a distinct play (ts, userId, sessionId, itemInSession), found song or not.
 
@@ -1220,6 +1225,8 @@ def build_songplays(
     then of the smallest song_id. A play without a song gets the artist_id that alone
     bears its artist name. Both are looked up in tables of one row a key: no join can
     multiply a play. A small catalogue is sent to every task, which spares a shuffle.
+    Where the rows are written, counts gets their number and, as plays, the number of plays
+    that they were made of.
     In: EVENT_SCHEMA and SONG_SCHEMA. Out: songplay_id bigint; start_time timestamp;
     user_id, level, song_id, artist_id string; session_id bigint; location, user_agent
     string; year, month int of start_time.
@@ -1267,10 +1274,14 @@ def build_songplays(
     # That shuffle and the sort of this aggregate find the plays that were delivered twice,
     # and put the others in the files and the order of the table.
     play = F.struct(*rest, "song_id", "artist_id", "sole_artist_id")
+    distinct = found.groupBy("year", "month", *key).agg(
+        F.max(play).alias("play"), F.count("*").alias("copies")
+    )
+    if counts:
+        plays = F.sum("copies").alias("plays")
+        distinct = distinct.observe(counts, F.count("*").alias("rows"), plays)
     return (
-        found.groupBy("year", "month", *key)
-        .agg(F.max(play).alias("play"))
-        .select("year", "month", *key, "play.*")
+        distinct.select("year", "month", *key, "play.*")
         .withColumn("ts", F.unix_millis("start_time"))
         .select(
             songplay_id().alias("songplay_id"),
@@ -1327,13 +1338,15 @@ def stage_tables(
     raw_songs: DataFrame,
     folder: str,
     small_catalogue: bool,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, int]]:
     """Builds and writes the five tables below a staging folder; returns the seconds of
-    each. They are written at the same time, but `time` is made of songplays as written.
+    each, and songplays' rows and the plays that they were made of. They are written at
+    the same time, but `time` is made of songplays as written.
     """
+    counts = Observation()
 
     def write_songplays_and_time() -> tuple[float, float]:
-        songplays = build_songplays(events, raw_songs, small_catalogue)
+        songplays = build_songplays(events, raw_songs, small_catalogue, counts)
         seconds = write_table(songplays, "songplays", folder)
         songplays = spark.read.parquet(literal(f"{folder}/songplays"))
         return seconds, write_table(build_time(songplays), "time", folder)
@@ -1351,7 +1364,7 @@ def stage_tables(
         }
         seconds = {table: writing.result() for table, writing in written.items()}
         seconds["songplays"], seconds["time"] = fact.result()
-        return seconds
+        return seconds, counts.get
 
 
 # --- Check ----------------------------------------------------------------------------
@@ -2156,13 +2169,12 @@ def build_lake(
         if not records[kind].counts.get(None):
             folder = f"{settings.input}/{source.folder}"
             raise RunError(f"no record in {folder}: check --input")
-    plays = records["events"].ids
-    if not plays:
+    if not records["events"].tally:
         raise RunError(f"no play (page NextSong) in {settings.input}/log_data")
     raw_songs, events = (of.rows.where("reason IS NULL") for of in records.values())
     size_shuffles(spark, read)
     small = records["songs"].counts[None] <= SMALL_CATALOGUE
-    seconds = stage_tables(spark, events, raw_songs, staging, small)
+    seconds, made = stage_tables(spark, events, raw_songs, staging, small)
     sizes = files.sizes(f"_staging/{run_id}")
     # Not what a task that died has left for Spark, which passes over such names.
     sizes = {name: size for name, size in sizes.items() if not re.search("/[_.]", name)}
@@ -2172,15 +2184,14 @@ def build_lake(
         if not any(name.startswith(f"{table}/") for name in sizes):
             raise RunError(f"check failed: files of table {table} are not in {staging}")
     rows = checked["rows"]
-    for table, kind, what in (
-        ("songplays", "events", "plays"),
-        ("songs", "songs", "songs"),
+    for what, found, wanted in (
+        ("songplays holds %s plays, not %s", made["plays"], records["events"].tally),
+        ("songplays has %s rows, not %s", rows["songplays"], made["rows"]),
+        ("songs has %s rows, not %s", rows["songs"], records["songs"].tally),
     ):
-        if rows[table] != records[kind].ids:
-            raise RunError(
-                f"check failed: {table} has {rows[table]:,} rows, not "
-                f"{records[kind].ids:,}, the distinct {what} of the input"
-            )
+        if found != wanted:
+            what %= f"{found:,}", f"{wanted:,}"
+            raise RunError(f"check failed: {what} as in the input")
     log_step(clock, "check", f"{sum(rows.values()):,} rows, all keys unique and found")
     report = {
         "run": run_id,
@@ -2188,7 +2199,7 @@ def build_lake(
         "seconds": round(clock[-1] - clock[0], 1),
         "tables": describe_tables(sizes, rows, seconds),
         "plays": {
-            "all": plays,
+            "all": rows["songplays"],
             "with_song": checked["plays_with"]["songs"],
             "with_artist": checked["plays_with"]["artists"],
         },

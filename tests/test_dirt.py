@@ -565,7 +565,7 @@ def test_clean_input_is_read_only_once_and_without_python(
     songs = etl.SOURCES["songs"]
     records = etl.read_records(spark, etl.to_uri(str(tmp_path)), songs)
     assert records.counts == {None: 2, "no song_id": 1}
-    assert records.ids == 1  # both good ones have the same song_id
+    assert records.tally == 1  # both good ones have the same song_id
     shutil.rmtree(tmp_path)  # what is read is cached
     assert records.rows.count() == 3
     assert "EvalPython" not in records.rows._jdf.queryExecution().toString()
