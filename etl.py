@@ -1142,27 +1142,21 @@ def build_artists(raw_songs: DataFrame) -> DataFrame:
     In: SONG_SCHEMA. Out: artist_id, name, location string; latitude, longitude double
     (degrees).
     """
-    names = ("artist_name", "artist_location", "artist_latitude", "artist_longitude")
-    artists = raw_songs.where(has_song_keys())
-    artists = artists.select("artist_id", *map(text, names[:2]), *names[2:])
-    best = F.min(
-        F.struct(
-            gaps(*names).alias("rank"),
-            gaps(names[0]).alias("unnamed"),
-            F.length(names[0]).alias("name_length"),
-            *names,
-        )
+    names = ("name", "location", "latitude", "longitude")
+    artists = raw_songs.where(has_song_keys()).select(
+        "artist_id", *(F.col(f"artist_{name}").alias(name) for name in names)
+    )
+    artists = artists.withColumns({name: text(name) for name in names[:2]})
+    best = F.struct(
+        gaps(*names).alias("rank"),
+        gaps("name").alias("unnamed"),
+        F.length("name").alias("name_length"),
+        *names,
     )
     return (
         artists.groupBy("artist_id")
-        .agg(best.alias("best"))
-        .select(
-            "artist_id",
-            F.col("best.artist_name").alias("name"),
-            F.col("best.artist_location").alias("location"),
-            F.col("best.artist_latitude").alias("latitude"),
-            F.col("best.artist_longitude").alias("longitude"),
-        )
+        .agg(F.min(best).alias("best"))
+        .select("artist_id", *(f"best.{name}" for name in names))
     )
 
 
@@ -1364,7 +1358,19 @@ def stage_tables(
         }
         seconds = {table: writing.result() for table, writing in written.items()}
         seconds["songplays"], seconds["time"] = fact.result()
-        return seconds, counts.get
+        return seconds, observed(counts)
+
+
+def observed(counts: Observation, patience: float = 60) -> dict[str, int]:
+    """What was counted where rows were written. Raises RunError where Spark, which tells
+    it by an event that may be dropped, doesn't say within so many seconds."""
+    found: list[dict[str, int]] = []
+    asking = threading.Thread(target=lambda: found.append(counts.get), daemon=True)
+    asking.start()
+    asking.join(patience)
+    if not any(found):
+        raise RunError("Spark didn't say how many plays it has written: run again")
+    return found[0]
 
 
 # --- Check ----------------------------------------------------------------------------
@@ -1646,13 +1652,11 @@ class HadoopFiles:
             fs, path = self.path(name)
             fs.delete(path, False)
         for folder in {os.path.dirname(name) for name in names}:
-            while folder:
-                fs, path = self.path(folder)
-                if fs.exists(path):
-                    if len(fs.listStatus(path)):
-                        break
+            with suppress(Py4JJavaError):  # for a folder that isn't empty
+                while folder:
+                    fs, path = self.path(folder)
                     fs.delete(path, False)
-                folder = os.path.dirname(folder)
+                    folder = os.path.dirname(folder)
 
     def delete_folder(self, name: str) -> None:
         fs, path = self.path(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -212,3 +214,18 @@ def test_a_table_without_exactly_what_the_input_has_fails(
     assert etl.main(["--config=/dev/null", *flags]) == 1
     assert re.search(f"check failed: {line} as in the input", capsys.readouterr().err)
     assert not (tmp_path / "lake" / "songs").exists()
+
+
+class Silent:
+    """An observation of which Spark never hears."""
+
+    @property
+    def get(self) -> dict[str, int]:
+        threading.Event().wait()
+        return {}
+
+
+@pytest.mark.parametrize("counts", [Silent(), SimpleNamespace(get={})])
+def test_plays_that_spark_has_not_counted_fail(counts: Any) -> None:
+    with pytest.raises(etl.RunError, match="how many plays"):
+        etl.observed(counts, patience=0.1)

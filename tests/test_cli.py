@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -606,6 +607,32 @@ def test_shuffles_have_partitions_for_their_records(
         assert spark.conf.get(key) == after
     finally:
         spark.conf.set(key, of_tests)
+
+
+ENDLESS = """
+import sys
+import etl
+etl.read_records = lambda spark, *of: spark.range(10**15).selectExpr("max(id)").collect()
+sys.exit(etl.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_ends_a_run_in_the_middle_of_spark_jobs(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", ENDLESS, "--config", os.devnull]
+    line.append(f"--output={tmp_path / 'lake'}")
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr
+            while " start " not in process.stderr.readline():
+                assert process.poll() is None
+            time.sleep(2)
+            process.terminate()
+            _, printed = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 1, printed
+    assert printed == "etl.py: error: KeyboardInterrupt\n"
+    assert not (tmp_path / "lake").exists()
 
 
 def test_nothing_that_is_called_is_deprecated(tmp_path: Path) -> None:
