@@ -284,6 +284,14 @@ def test_lock_of_another_users_live_run_is_respected(tmp_path: Path) -> None:
     assert os.read(reader, 4) == b"live"
 
 
+def test_lock_of_a_process_that_cannot_be_seen_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etl, "process_start", lambda pid: "unknown")
+    write_lock(tmp_path)
+    assert_taken_over_by_flag_only(tmp_path)
+
+
 def test_run_that_lost_its_lock_publishes_nothing(lake: Path) -> None:
     write_lock(lake, run="run2")
     with pytest.raises(etl.RunError, match="as they were: run run2 has taken over"):
