@@ -216,6 +216,40 @@ def test_a_table_without_exactly_what_the_input_has_fails(
     assert not (tmp_path / "lake" / "songs").exists()
 
 
+SAMPLE = ["--config=/dev/null", "--max-rejected=1"]
+
+
+def test_leftover_of_a_dead_task_is_not_published(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = etl.write_table
+
+    def leave(rows: DataFrame, table: str, folder: str) -> float:
+        seconds = real(rows, table, folder)
+        left = Path(folder[len("file://") :], table, "_temporary", "0")
+        left.mkdir(parents=True)
+        (left / "part-0-left.parquet").touch()
+        return seconds
+
+    monkeypatch.setattr(etl, "write_table", leave)
+    assert etl.main([*SAMPLE, f"--output={tmp_path / 'lake'}"]) == 0
+    assert list(tmp_path.rglob("part-0*.parquet"))
+    assert not list(tmp_path.rglob("*left.parquet"))
+
+
+def test_staged_files_that_are_not_found_fail(
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(etl.LocalFiles, "sizes", lambda files, folder: {})
+    assert etl.main([*SAMPLE, f"--output={tmp_path / 'lake'}"]) == 1
+    line = "check failed: files of table songplays are not in file:///"
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "lake" / "songplays").exists()
+
+
 class Silent:
     """An observation of which Spark never hears."""
 

@@ -272,15 +272,18 @@ def assert_taken_over_by_flag_only(lake: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
 def test_lock_of_another_users_live_run_is_respected(tmp_path: Path) -> None:
+    write_lock(tmp_path, pid=os.getpid(), process_start=etl.process_start(os.getpid()))
+    lock = etl.read_lock(etl.LocalFiles(str(tmp_path)))
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:  # an unprivileged process, which can't send the lock's holder a signal
-        os.setuid(65534)
-        lock = {"pid": os.getppid(), "system": etl.this_system()}
-        lock["process_start"] = etl.process_start(os.getppid())
-        os.write(writer, b"dead" if etl.is_dead(lock) else b"live")
-        os._exit(0)
+        try:
+            os.setuid(65534)
+            os.write(writer, b"dead" if etl.is_dead(lock) else b"live")
+        finally:
+            os._exit(0)
     os.waitpid(pid, 0)
+    os.close(writer)
     assert os.read(reader, 4) == b"live"
 
 
