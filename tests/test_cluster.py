@@ -1,11 +1,9 @@
-"""The job on a Spark standalone cluster of this machine: a master and two workers."""
+"""The job on a Spark that is given: a Spark home, and a standalone cluster of this machine."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +12,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
-import py4j as py4j_package
 import pyspark
 import pytest
-from conftest import ROOT, run_command
+from conftest import QUICK_SPARK, ROOT, read_table, run_command
+from makers import play, song, write_input
 from pyspark.sql import SparkSession
-from s3_server import free_port
 
 import etl
 
 SPARK = Path(pyspark.__file__).parent
-TABLES = ("songplays", "users", "songs", "artists", "time")
+
+
+def test_python_without_pyspark_runs_on_the_spark_home(tmp_path: Path) -> None:
+    home = tmp_path / "spark home"
+    (home / "python").mkdir(parents=True)
+    for name in ("bin", "jars", "python/lib"):
+        (home / name).symlink_to(SPARK / name)
+    (home / "python" / "pyspark").symlink_to(SPARK)
+    write_input(tmp_path / "in", [song()], [play()])
+    # -S: without the packages that are installed
+    line = [sys.executable, "-S", "-W", "always", str(ROOT / "etl.py"), "--input=in"]
+    environ = {"SPARK_HOME": str(home), "PYSPARK_SUBMIT_ARGS": QUICK_SPARK}
+    done = run_command([*line, "--config", os.devnull], tmp_path, **environ)
+    assert done.returncode == 0, done.stderr
+    assert not re.findall(r"(?i).*etl\.py.*warning.*", done.stderr)
+    assert len(read_table(tmp_path / "lake", "songplays")) == 1
 
 
 @dataclass(frozen=True)
@@ -36,160 +47,74 @@ class Cluster:
     workers: list[subprocess.Popen[bytes]]
 
 
-def wait_for(log: Path, text: str) -> None:
-    """Returns when a log has a text."""
-    end = time.monotonic() + 60
-    while text not in log.read_text():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     """A master and two workers of a core each, with a process group for each."""
-    port = free_port()
-    master, processes = f"spark://127.0.0.1:{port}", []
+    processes: list[subprocess.Popen[bytes]] = []
 
-    def start(name: str, *arguments: str) -> Path:
-        log = tmp_path / f"{name}.log"
-        kind = f"org.apache.spark.deploy.{name.split('-')[0]}"
+    def start(kind: str, until: str, *arguments: str) -> str:
+        log = tmp_path / f"process-{len(processes)}.log"
+        host = ("--host", "127.0.0.1", "--webui-port", "0", "--port", "0")
+        line = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *host]
+        environ = {"SPARK_HOME": str(SPARK), "SPARK_LOCAL_DIRS": str(tmp_path)}
         with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [SPARK / "bin" / "spark-class", kind, *arguments],
-                    env={
-                        **os.environ,
-                        "SPARK_HOME": str(SPARK),
-                        "SPARK_LOCAL_IP": "127.0.0.1",
-                        "SPARK_LOCAL_DIRS": str(tmp_path / f"{name}-local"),
-                        "PYSPARK_PYTHON": sys.executable,
-                    },
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            job = subprocess.Popen(
+                [*line, *arguments],
+                env={**os.environ, **environ, "PYSPARK_PYTHON": sys.executable},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        return log
+        processes.append(job)
+        end = time.monotonic() + 60
+        while not (found := re.search(until, log.read_text())):
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        return found[0]
 
-    host = ("--host", "127.0.0.1", "--webui-port", "0")
     try:
-        log = start("master.Master", *host, "--port", str(port))
-        wait_for(log, "New state: ALIVE")
-        size = ("--cores", "1", "--memory", "1g")
-        for number in (1, 2):
-            folder = str(tmp_path / f"work{number}")
-            log = start(
-                f"worker.Worker-{number}", *host, *size, "--work-dir", folder, master
-            )
-            wait_for(log, "Successfully registered with master")
+        master = start("master.Master", "spark://127.0.0.1:[1-9][0-9]*")
+        size = ("--cores", "1", "--memory", "1g", "--work-dir", str(tmp_path / "work"))
+        for _ in range(2):
+            start("worker.Worker", "registered with master", *size, master)
         yield Cluster(master, processes[1:])
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def submit(master: str, source: Path, lake: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Starts the job by spark-submit; the log gets what it prints."""
-    settings = {
-        "spark.driver.host": "127.0.0.1",
-        "spark.executor.memory": "800m",
-        "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1",
-        "spark.ui.enabled": "false",
-    }
-    conf = [f"--conf={key}={value}" for key, value in settings.items()]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [
-                SPARK / "bin" / "spark-submit",
-                f"--master={master}",
-                *conf,
-                ROOT / "etl.py",
-                f"--input={source}",
-                f"--output={lake}",
-            ],
-            env={**os.environ, "PYSPARK_PYTHON": sys.executable},
-            cwd=log.parent,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def files_of(lake: Path, table: str) -> str:
-    """A table in DuckDB's SQL."""
-    return f"read_parquet('{lake}/{table}/**/*.parquet')"
-
-
-def differences(one: Path, other: Path, table: str) -> int:
-    """How many rows of a table aren't in both lakes."""
-    tables = files_of(one, table), files_of(other, table)
-    rows = "(FROM {} EXCEPT ALL FROM {})"
-    both = f"{rows.format(*tables)} UNION ALL {rows.format(*tables[::-1])}"
-    return duckdb.sql(f"SELECT count(*) FROM ({both})").fetchall()[0][0]
 
 
 @pytest.mark.long
 def test_run_that_loses_a_worker_still_makes_the_right_tables(
     spark: SparkSession, cluster: Cluster, tmp_path: Path
 ) -> None:
-    source, lake, log = tmp_path / "in", tmp_path / "lake", tmp_path / "job.log"
-    maker = [sys.executable, ROOT / "tests" / "bench" / "make_data.py", source]
-    size = ("--songs=300", "--events=100000", "--days=12", "--users=500")
-    subprocess.run([*maker, *size], check=True)
-    job = submit(cluster.master, source, lake, log)
-    while job.poll() is None and not [*lake.glob("_staging/*/songplays/**/*.parquet")]:
-        time.sleep(0.05)
-    assert job.poll() is None, log.read_text()
-    os.killpg(cluster.workers[0].pid, signal.SIGKILL)
-    assert job.wait(timeout=600) == 0, log.read_text()
-    print(log.read_text())
+    plays = [play(itemInSession=number, ts=10**12 + number) for number in range(50_000)]
+    write_input(tmp_path / "in", [song()], plays)
+    settings = {
+        "spark.driver.host": "127.0.0.1",
+        "spark.executor.memory": "800m",
+        "spark.sql.files.maxPartitionBytes": "256k",
+        "spark.ui.enabled": "false",
+    }
+    conf = [f"--conf={key}={value}" for key, value in settings.items()]
+    line = [SPARK / "bin" / "spark-submit", f"--master={cluster.master}", *conf]
+    flags = ["--config", os.devnull, f"--input={tmp_path}/in"]
+    line += [ROOT / "etl.py", *flags, f"--output={tmp_path}/lake"]
+    log, lake = tmp_path / "job.log", tmp_path / "lake"
+    with log.open("wb") as output:
+        job = subprocess.Popen(line, cwd=tmp_path, stdout=output, stderr=output)
+    try:
+        while not [*lake.glob("_staging/*/_records/events/**/*.parquet")]:
+            assert job.poll() is None, log.read_text()
+            time.sleep(0.05)
+        os.killpg(cluster.workers[0].pid, signal.SIGKILL)
+        assert job.wait(timeout=600) == 0, log.read_text()
+    finally:
+        job.kill()
     assert re.search("Lost executor .* on 127.0.0.1", log.read_text())
 
     expected = tmp_path / "expected"
-    assert etl.main([f"--input={source}", f"--output={expected}"]) == 0
-    for table in TABLES:
-        assert differences(lake, expected, table) == 0, table
-    plays = duckdb.sql(f"SELECT count(*) FROM {files_of(lake, 'songplays')}")
-    assert plays.fetchall()[0][0] > 50_000
-
-
-def make_spark_home(folder: Path, master: str) -> Path:
-    """A Spark home as EMR has it: jars and python side by side, settings in conf."""
-    for name in ("bin", "jars"):
-        (folder / name).symlink_to(SPARK / name)
-    no_jars = shutil.ignore_patterns("jars", "__pycache__", "examples", "licenses")
-    shutil.copytree(SPARK, folder / "python" / "pyspark", ignore=no_jars)
-    (folder / "python" / "lib").mkdir()
-    py4j = Path(py4j_package.__file__).parent
-    version = importlib.metadata.version("py4j")
-    target = folder / "python" / "lib" / f"py4j-{version}-src"
-    shutil.make_archive(str(target), "zip", py4j.parent, py4j.name)
-    (folder / "conf").mkdir()
-    (folder / "conf" / "spark-defaults.conf").write_text(
-        f"spark.master {master}\nspark.driver.host 127.0.0.1\n"
-        "spark.executor.memory 800m\nspark.ui.enabled false\n"
-    )
-    return folder
-
-
-@pytest.mark.long
-def test_python_without_pyspark_runs_on_the_spark_home_and_its_master(
-    sample_run: tuple[Path, subprocess.CompletedProcess[str]],
-    cluster: Cluster,
-    tmp_path: Path,
-) -> None:
-    home = tmp_path / "spark home"
-    home.mkdir()
-    make_spark_home(home, cluster.master)
-    done = run_command(
-        # -S: without the packages that are installed
-        [sys.executable, "-S", str(ROOT / "etl.py"), f"--output={tmp_path / 'lake'}"],
-        tmp_path,
-        SPARK_HOME=str(home),
-        PYSPARK_PYTHON=sys.executable,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"on {cluster.master}" in done.stderr
-    for table in TABLES:
-        assert differences(tmp_path / "lake", sample_run[0], table) == 0, table
+    etl.run(etl.parse_settings([*flags, f"--output={expected}"]))
+    for table in etl.TABLES:
+        assert read_table(lake, table) == read_table(expected, table), table
+    assert len(read_table(lake, "songplays")) == 50_000

@@ -1,318 +1,420 @@
-"""Publishing, recovery and the lock, on files that are Parquet files by name only."""
+"""The claim, publishing and recovery, on files that are Parquet by name only: each holds
+one row, which tells who has staged the file, and where."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import resource
-import socket
-import subprocess
-import sys
+import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
+from driver import watched
 from pyspark.sql import SparkSession
 
 import etl
 
-OLD = {
-    "songplays/year=2018/month=10/part-0-old.snappy.parquet",
-    "songplays/year=2018/month=11/part-0-old.snappy.parquet",
-    "users/part-0-old.snappy.parquet",
-    "songs/year=1999/part-0-old.snappy.parquet",
-    "artists/part-0-old.snappy.parquet",
-    "time/year=2018/month=10/part-0-old.snappy.parquet",
-}
-NEW = {
-    "songplays/year=2018/month=11/part-0-new.snappy.parquet",
-    "users/part-0-new.snappy.parquet",
-    "users/part-1-new.snappy.parquet",
-    "songs/year=2001/part-0-new.snappy.parquet",
-    "artists/part-0-new.snappy.parquet",
-    "time/year=2018/month=11/part-0-new.snappy.parquet",
-}
-FOREIGN = {"README.md", "users/notes.txt", "podcasts/part-0-old.snappy.parquet"}
+OCTOBER, NOVEMBER = "songplays/year=2018/month=10", "songplays/year=2018/month=11"
+OLD = [f"{folder}/part-run0-0.parquet" for folder in (OCTOBER, NOVEMBER, "users")]
+NEW = [f"{folder}/part-0.parquet" for folder in (NOVEMBER, "users", "songs/year=2001")]
+OTHERS = ["_reports/{}.json", "_rejected/{}/part-0.json"]  # They are published, too.
+NEVER = ["_records/songs/part-0.parquet", "users/_temporary/0/part-0.parquet"]
+STAGED = [name.format("run1") for name in (*NEW, *OTHERS)]
+TARGETS = {name: name.replace("part-", "part-run1-") for name in STAGED}
+FOREIGN = {"README.md", "users/notes.txt", "podcasts/part-0.parquet"}
+OLD_ROWS = {f"run0 {name}" for name in OLD}
+ROWS = {run: {f"{run} {name}" for name in NEW} for run in ("run1", "run2")}
+MakeLake = Callable[[], etl.Lake]
 
 
-def fill(folder: Path, names: set[str]) -> None:
-    """Makes files that hold their own names."""
+def folder_of(lake: etl.Lake) -> Path:
+    """A lake's folder."""
+    return Path(lake.root[len("file://") :])
+
+
+def fill(folder: Path, run_id: str, *names: str) -> None:
+    """Makes files of a run."""
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
+        path = folder / name.format(run_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{run_id} {name}")
 
 
-def files_of(lake: Path) -> set[str]:
-    """What files a lake has, by their paths from there."""
-    return {
-        path.relative_to(lake).as_posix() for path in lake.rglob("*") if path.is_file()
-    }
+def files_of(lake: etl.Lake, below: str = "") -> set[str]:
+    """The names of a lake's files."""
+    paths = filter(Path.is_file, (folder_of(lake) / below).rglob("*"))
+    return {path.relative_to(folder_of(lake)).as_posix() for path in paths}
 
 
-def tables_of(lake: Path) -> set[str]:
-    """What files readers of the five tables see."""
-    return {
-        name
-        for name in files_of(lake)
-        if name.split("/")[0] in etl.TABLES and name.endswith(".parquet")
-    }
+def rows_of(lake: etl.Lake) -> set[str]:
+    """The rows that a reader of the five tables finds, and the names of staged files."""
+    names = {name for table in etl.TABLES for name in files_of(lake, table)}
+    rows = {(folder_of(lake) / n).read_text() for n in names if n.endswith(".parquet")}
+    return rows | files_of(lake, "_staging")
 
 
 @pytest.fixture
-def lake(tmp_path: Path) -> Path:
-    """A lake with published, staged and foreign files."""
-    lake = tmp_path / "a lake"
-    fill(lake, OLD | FOREIGN)
-    fill(lake / "_staging" / "run1", NEW)
-    return lake
+def new_lake(spark: SparkSession, tmp_path_factory: Any) -> MakeLake:
+    """Makes a lake that has tables and foreign files, each time another one."""
+
+    def make() -> etl.Lake:
+        folder = tmp_path_factory.mktemp("a lake é %41 ")
+        fill(folder, "run0", *OLD, *FOREIGN)
+        return etl.open_lake(spark, f"file://{folder}")
+
+    return make
 
 
-def hold(lake: Path, run_id: str, *, by_force: bool = False) -> Any:
-    """Holds a lake's lock."""
-    return etl.hold_lock(etl.LocalFiles(str(lake)), run_id, str(lake), by_force)
+@pytest.fixture
+def lake(new_lake: MakeLake) -> etl.Lake:
+    """A lake that has tables and foreign files."""
+    return new_lake()
 
 
-def assert_published(lake: Path, tables: set[str]) -> None:
-    """A lake has these tables, what is foreign, and nothing of a run that failed."""
-    assert files_of(lake) == tables | FOREIGN
-    empty = [
-        path for path in lake.rglob("*") if path.is_dir() and not any(path.iterdir())
-    ]
-    assert empty == []
-    assert all((lake / name).read_text() == name for name in tables)
-
-
-class FailingFiles:
-    """A lake's files of which the n-th change, and those that follow it as long as the
-    connection is down, fail."""
-
-    def __init__(self, files: etl.Files, fails_at: int, comes_back: bool) -> None:
-        self.files, self.fails_at, self.comes_back = files, fails_at, comes_back
-        self.calls = 0
-
-    def delete(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.count()
-            self.files.delete([name])
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.count()
-            return getattr(self.files, name)(*arguments)
-
-        return call
-
-    def count(self) -> None:
-        self.calls += 1
-        down = self.calls >= self.fails_at
-        if self.calls == self.fails_at or (down and not self.comes_back):
-            raise OSError("connection lost")
-
-
-@pytest.fixture(params=["local", "hadoop"])
-def files_at(
-    request: pytest.FixtureRequest, spark: SparkSession
-) -> Callable[[Path], etl.Files]:
-    """What makes a lake's files of its folder, by Python and by Hadoop."""
-    if request.param == "local":
-        return lambda lake: etl.LocalFiles(str(lake))
-    return lambda lake: etl.HadoopFiles(spark, f"file://{lake}")
-
-
-def publish(files: Any) -> None:
-    """Publishes what is staged."""
-    etl.publish(files, "run1", sorted(NEW), tuple(etl.TABLES))
-
-
-def test_publish_replaces_the_tables_and_leaves_foreign_files(
-    files_at: Callable[[Path], etl.Files], lake: Path
-) -> None:
-    publish(files_at(lake))
-    assert_published(lake, NEW)
-
-
-@pytest.mark.parametrize("comes_back", [True, False])
-def test_failure_of_any_file_system_call_loses_nothing(
-    files_at: Callable[[Path], etl.Files], tmp_path: Path, comes_back: bool
-) -> None:
-    outcomes = []
-    for n in range(1, 1000):
-        lake = tmp_path / f"lake{n}"
-        fill(lake, OLD | FOREIGN)
-        fill(lake / "_staging" / "run1", NEW)
-        try:
-            publish(FailingFiles(files_at(lake), n, comes_back))
-        except (OSError, etl.RunError) as error:
-            message = str(error)
-        else:
-            break
-        seen = tables_of(lake)
-        assert OLD <= seen or NEW <= seen, (n, message)
-        if "as they were" in message or isinstance(message, OSError):
-            assert seen == OLD, (n, message)
-        etl.recover(files_at(lake))
-        if tables_of(lake) == OLD:
-            assert_published(lake, OLD)
-        else:
-            assert_published(lake, NEW)
-        outcomes.append(tables_of(lake) == NEW)
-    assert_published(lake, NEW)
-    assert n > 20  # calls of a publish
-    assert {True, False} == set(outcomes)
-
-
-def test_staged_files_without_a_journal_are_deleted(
-    files_at: Callable[[Path], etl.Files], lake: Path
-) -> None:
-    etl.recover(files_at(lake))
-    assert_published(lake, OLD)
-
-
-def test_recovery_without_anything_to_recover_changes_nothing(
-    files_at: Callable[[Path], etl.Files], tmp_path: Path
-) -> None:
-    fill(tmp_path, OLD | FOREIGN)
-    etl.recover(files_at(tmp_path))
-    assert_published(tmp_path, OLD)
-
-
-def test_lock_is_there_while_it_is_held_only(tmp_path: Path) -> None:
-    with hold(tmp_path / "lake", "run1"):
-        held = json.loads((tmp_path / "lake" / "_lock").read_text())
-        assert (held["run"], held["pid"]) == ("run1", os.getpid())
-    assert not (tmp_path / "lake").exists()
-
-
-def test_file_that_cannot_be_written_whole_is_named_and_deleted(tmp_path: Path) -> None:
-    files = etl.LocalFiles(str(tmp_path / "lake"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/lake/_lock'"):
-            files.create("_lock", "two")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert files_of(tmp_path) == set()
-
-
-def test_second_run_is_told_who_holds_the_lock(tmp_path: Path) -> None:
-    with hold(tmp_path, "run1"):
-        with pytest.raises(etl.RunError) as caught, hold(tmp_path, "run2"):
-            pass
-        assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
-        assert json.loads((tmp_path / "_lock").read_text())["run"] == "run1"
-    assert files_of(tmp_path) == set()
-
-
-def dead_pid() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def write_lock(lake: Path, **changes: Any) -> None:
-    """The lock of a run that was killed on this host, but for the changes."""
-    lock = {
-        "run": "killed",
-        "host": socket.gethostname(),
-        "system": etl.this_system(),
-        "pid": dead_pid(),
-        "process_start": "1",
-        "started": "2018-11-30T00:00:00+00:00",
-    }
-    (lake / "_lock").write_text(json.dumps({**lock, **changes}))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"pid": os.getpid()}],
-    ids=["process has ended", "its number is another process's"],
-)
-def test_lock_of_a_killed_run_on_this_host_is_taken_over(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    write_lock(tmp_path, **changes)
-    with hold(tmp_path, "run2"):
-        assert json.loads((tmp_path / "_lock").read_text())["run"] == "run2"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"host": "elsewhere", "system": "elsewhere"},
-        {"system": f"{socket.gethostname()} before-its-last-start pid:[1]"},
-        {"system": None},
-    ],
-    ids=["another host", "another start or container", "an older version"],
-)
-def test_other_locks_are_taken_over_by_flag_only(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    write_lock(tmp_path, **changes)
-    assert_taken_over_by_flag_only(tmp_path)
-
-
-def test_unreadable_lock_is_taken_over_by_flag_only(tmp_path: Path) -> None:
-    (tmp_path / "_lock").write_text("")
-    assert_taken_over_by_flag_only(tmp_path)
-
-
-def assert_taken_over_by_flag_only(lake: Path) -> None:
-    """A lock is respected without --break-lock."""
-    refused = pytest.raises(etl.RunError, match="--break-lock")
-    with refused, hold(lake, "run2"):
+def start(lake: etl.Lake, run_id: str = "next", break_lock: bool = False) -> None:
+    """A run that stages nothing."""
+    with etl.claimed(lake, run_id, break_lock):
         pass
-    with hold(lake, "run3", by_force=True):
-        assert json.loads((lake / "_lock").read_text())["run"] == "run3"
-    assert files_of(lake) == set()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs a process of another user")
-def test_lock_of_another_users_live_run_is_respected(tmp_path: Path) -> None:
-    write_lock(tmp_path, pid=os.getpid(), process_start=etl.process_start(os.getpid()))
-    lock = etl.read_lock(etl.LocalFiles(str(tmp_path)))
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # an unprivileged process, which can't send the lock's holder a signal
-        try:
-            os.setuid(65534)
-            os.write(writer, b"dead" if etl.is_dead(lock) else b"live")
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    os.close(writer)
-    assert os.read(reader, 4) == b"live"
+def publish(lake: etl.Lake, run_id: str = "run1", break_lock: bool = False) -> None:
+    """A run that replaces all tables."""
+    with etl.claimed(lake, run_id, break_lock) as staging:
+        fill(folder_of(lake) / staging, run_id, *NEW, *OTHERS, *NEVER)
+        etl.publish(lake, run_id, tuple(etl.TABLES))
 
 
-def test_lock_of_a_process_that_cannot_be_seen_is_respected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def error_of(action: Callable[..., None], *arguments: Any) -> str:
+    """The message of the error that an action raises; empty if it raises none."""
+    try:
+        action(*arguments)
+    except Exception as error:  # noqa: BLE001
+        return etl.explain(error)
+    return ""
+
+
+def age(lake: etl.Lake, seconds: float = 100) -> None:
+    """Makes the claims of a lake that many seconds old."""
+    for path in folder_of(lake).glob("_staging/*/_alive"):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def kill_publish(lake: etl.Lake, moved: int, deleted: int = 0, copied: int = 0) -> None:
+    """Leaves what a run leaves that was killed when it had moved some of its files, the
+    first of which are still at their source, too, and deleted some replaced ones."""
+    folder, staging = folder_of(lake), folder_of(lake) / "_staging/run1"
+    fill(staging, "run1", *NEW, *OTHERS, *NEVER, "_alive", "_owner.json")
+    journal = json.dumps({"staged": TARGETS, "replaced": OLD})
+    (staging / "_journal.json").write_text(journal)
+    for name in STAGED[:moved]:
+        (folder / TARGETS[name]).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).rename(folder / TARGETS[name])
+    fill(staging, "run1", *NEW[:copied])
+    for name in OLD[:deleted]:
+        (folder / name).unlink()
+    age(lake)
+
+
+def before(wanted: int | str, text: str, action: Callable[[], Any]) -> Any:
+    """What watches a lake and acts before the call of a number, or before each call of a
+    method, on a path that has a text in it."""
+    return lambda number, moment, method, path: (
+        action()
+        if moment == "before" and wanted in (number, method) and text in path
+        else None
+    )
+
+
+def test_publish_replaces_the_tables_and_no_other_file(lake: etl.Lake) -> None:
+    publish(lake)
+    assert rows_of(lake) == ROWS["run1"]
+    assert files_of(lake) == FOREIGN | set(TARGETS.values())
+    folders = filter(Path.is_dir, folder_of(lake).rglob("*"))
+    assert [folder for folder in folders if not any(folder.iterdir())] == []
+
+
+def test_empty_output_outlives_a_failure(spark: SparkSession, tmp_path: Path) -> None:
+    lake = etl.open_lake(spark, f"file://{tmp_path}")
+    with suppress(ZeroDivisionError), etl.claimed(lake, "run1"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_in_a_loop_never_sees_fewer_rows(lake: etl.Lake) -> None:
+    """The files are many, so that the reader comes in between."""
+    folder, looks = folder_of(lake), []
+    months = [f"songplays/year=2018/month={n}/part-{{}}.parquet" for n in range(60)]
+    fill(folder, "run0", *months)
+    with ThreadPoolExecutor() as pool, etl.claimed(lake, "run1") as staging:
+        fill(folder / staging, "run1", *months)
+        publishing = pool.submit(etl.publish, lake, "run1", ("songplays",))
+        while not publishing.done():
+            found = list(folder.glob("songplays/*/*/*.parquet"))
+            with suppress(FileNotFoundError):  # The reader lists again.
+                looks.append({path.read_text().split()[1] for path in found})
+    publishing.result()
+    assert all(look >= set(months) for look in looks)
+    assert len(looks) > 5
+
+
+def test_replaced_file_that_stays_goes_at_the_next_start(lake: etl.Lake) -> None:
+    """Hadoop's local file system returns False for it and raises nothing."""
+    watch = before("delete", "/users/part-run0", lambda: False)
+    message = error_of(publish, watched(lake, watch))
+    assert "users/part-run0-0.parquet" in message and "the next start" in message
+    start(lake)
+    assert rows_of(lake) == ROWS["run1"]
+
+
+def long(*values: Any) -> list[Any]:
+    """Parameters of the long tests."""
+    tuples = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [pytest.param(*value, marks=pytest.mark.long) for value in tuples]
+
+
+def fail(lake: etl.Lake) -> None:
+    """Raises an IOException of Hadoop's, that the lake's folder is not empty."""
+    lake.fs.delete(lake.path(""), False)
+
+
+def faulty(lake: etl.Lake, n: int, mode: str, struck: list[str]) -> etl.Lake:
+    """A lake whose n-th file-system call fails: "once" isn't made, "late" is made; from
+    "down" on, none is made, which leaves what a kill leaves. Tells the calls it struck."""
+
+    def strike(number: int, moment: str, method: str, path: str) -> None:
+        hit = number >= n if mode == "down" else number == n
+        if hit and moment == ("after" if mode == "late" else "before"):
+            struck.append(f"{method} {path}")
+            fail(lake)
+
+    return watched(lake, strike)
+
+
+@pytest.mark.parametrize("mode", ["down", *long("once", "late")])
+@pytest.mark.parametrize("action", ["publish", "recover", *long("break lock")])
+def test_fault_at_any_call_leaves_old_or_new_tables_to_the_next_start(
+    action: str, mode: str, new_lake: MakeLake
 ) -> None:
-    monkeypatch.setattr(etl, "process_start", lambda pid: "unknown")
-    write_lock(tmp_path)
-    assert_taken_over_by_flag_only(tmp_path)
+    for n in itertools.count(1):
+        lake, struck = new_lake(), []
+        bad_lake = faulty(lake, n, mode, struck)
+        if action == "publish":
+            message = error_of(publish, bad_lake)
+            becomes_new = not message or "the next start" in message
+        else:
+            kill_publish(lake, moved=1)
+            message = error_of(start, bad_lake, "run2", action == "break lock")
+            becomes_new = "discard" not in message
+        assert "is not empty" in message or not message, struck
+        assert rows_of(lake) >= OLD_ROWS or rows_of(lake) >= ROWS["run1"], struck
+        age(lake)
+        start(lake)
+        assert rows_of(lake) == (ROWS["run1"] if becomes_new else OLD_ROWS), struck
+        assert files_of(lake) >= FOREIGN
+        if not struck:
+            break
+    assert becomes_new and n > 30
 
 
-def test_run_that_lost_its_lock_publishes_nothing(lake: Path) -> None:
-    write_lock(lake, run="run2")
-    with pytest.raises(etl.RunError, match="as they were: run run2 has taken over"):
-        publish(etl.LocalFiles(str(lake)))
-    assert tables_of(lake) == OLD
+def test_ctrl_c_while_moving_is_made_good_by_the_next_start(lake: etl.Lake) -> None:
+    ctrl_c = partial(os.kill, os.getpid(), signal.SIGINT)
+    watch = before("rename", "/users/part-0", ctrl_c)
+    message = error_of(publish, watched(lake, watch))
+    assert "the next start of etl.py finishes it" in message
+    assert not list(folder_of(lake).glob("_staging/run1/_[ao]*"))
+    start(lake)
+    assert rows_of(lake) == ROWS["run1"]
 
 
-def test_run_that_lost_its_lock_undoes_nothing(lake: Path) -> None:
-    guard, thieves = threading.Lock(), ["run2"]
+@pytest.mark.parametrize("method", ["create", "rename"])
+def test_run_looks_twice_for_its_claim_before_moving(method: str, lake: Any) -> None:
+    owner = folder_of(lake) / "_staging/run1/_owner.json"
+    watch = before(method, "run1/_journal", owner.unlink)
+    assert "has taken over" in error_of(publish, watched(lake, watch))
+    assert rows_of(lake) >= OLD_ROWS and not rows_of(lake) & ROWS["run1"]
 
-    class Robbed(etl.LocalFiles):
-        def move(self, source: str, target: str) -> None:
-            with guard:
-                if target != "_journal.json" and thieves:
-                    write_lock(lake, run=thieves.pop())
-                    etl.recover(etl.LocalFiles(str(lake)))
-            super().move(source, target)
 
-    with pytest.raises(etl.RunError, match="run run2 has taken over"):
-        publish(Robbed(str(lake)))
-    assert tables_of(lake) == NEW
+def take_over(lake: etl.Lake, found: set[str]) -> None:
+    """A run that publishes when the claims that are there have expired."""
+    found.update(files_of(lake))
+    age(lake)
+    publish(lake, "run2")
+
+
+@pytest.mark.long
+def test_run_stopped_at_any_call_and_taken_over_changes_nothing_any_more(
+    new_lake: MakeLake,
+) -> None:
+    for n in itertools.count(1):
+        lake, found = new_lake(), set()
+        watch = before(n, "", partial(take_over, lake, found))
+        message = error_of(publish, watched(lake, watch))
+        start(lake)
+        if not found:
+            break
+        has_claim = "_staging/run1/_owner.json" in found
+        begins = {"_staging/run1/_journal.json", "users/part-run1-0.parquet"}
+        assert message or begins & found or not has_claim, n
+        assert not ("taken over" in message and "the next start" in message)
+        last = ["run2"] if message or has_claim else ["run1", "run2"]
+        assert rows_of(lake) in [ROWS[run_id] for run_id in last], n
+    assert rows_of(lake) == ROWS["run1"] and n > 30
+
+
+@pytest.mark.parametrize(
+    ("deleted", "damaged", "length"),
+    [
+        (9, "users/part-run1-0.parquet", None),
+        (0, "_staging/run1/_journal.json", 0),
+        (0, "_staging/run1/_journal.json", 50),
+    ],
+)
+def test_recovery_that_is_stuck_deletes_nothing_until_the_lock_is_broken(
+    deleted: int, damaged: str, length: int | None, lake: etl.Lake
+) -> None:
+    """A file that was moved is lost after all deletions, or the journal is cut off."""
+    kill_publish(lake, moved=9, deleted=deleted)
+    path = folder_of(lake) / damaged
+    path.unlink() if length is None else os.truncate(path, length)
+    found = files_of(lake)
+    message = error_of(start, lake)
+    assert damaged.split("run1/")[-1] in message and "--break-lock" in message
+    assert files_of(lake) == found - {"_staging/run1/_owner.json"}
+    publish(lake, "run2", break_lock=True)
+    assert rows_of(lake) == ROWS["run2"]
+
+
+@pytest.mark.parametrize(
+    ("moved", "lost", "rows"),
+    [
+        (9, ["_reports/run1.json", "_rejected/run1/part-run1-0.json"], ROWS["run1"]),
+        (0, [f"_staging/run1/{NEW[0]}"], OLD_ROWS),
+    ],
+)
+def test_lost_files_that_do_not_stop_recovery(
+    moved: int, lost: list[str], rows: set[str], lake: etl.Lake
+) -> None:
+    """A journal of lost files is void while none is in place."""
+    kill_publish(lake, moved, deleted=moved)
+    for name in lost:
+        (folder_of(lake) / name).unlink()
+    start(lake)
+    assert rows_of(lake) == rows
+
+
+@pytest.mark.parametrize("answer", [None, False, "error"])
+def test_file_that_is_both_staged_and_in_place_is_published_once(
+    answer: Any, lake: etl.Lake
+) -> None:
+    """S3A copies and then deletes, and may be killed between. HDFS refuses to rename onto
+    a file by False, S3A by an error."""
+    kill_publish(lake, moved=3, copied=3)
+    rename = partial(fail, lake) if answer == "error" else lambda: answer
+    start(watched(lake, before("rename", "/part-0.parquet", rename)))
+    assert rows_of(lake) == ROWS["run1"]
+
+
+def test_live_claim_refuses_and_names_its_owner_and_the_way_on(lake: etl.Lake) -> None:
+    with etl.claimed(lake, "run1") as staging:
+        claim = files_of(lake, "_staging")
+        owner = json.loads((folder_of(lake) / staging / "_owner.json").read_text())
+        age(lake, 80)
+        message = error_of(publish, lake, "run2")
+        assert files_of(lake, "_staging") == claim
+    assert {os.uname().nodename, os.getpid()} < set(owner.values())
+    told = [*map(str, owner.values()), "90 s", "--break-lock"]
+    assert [part for part in told if part not in message] == []
+    assert files_of(lake) == {*OLD, *FOREIGN}
+
+
+@pytest.mark.parametrize(
+    ("names", "seconds", "break_lock"),
+    [
+        (["_owner.json", "_alive", "users/part-0.parquet"], 100, False),
+        (["_owner.json", "_alive", "users/part-0.parquet"], 0, True),
+        (["_alive", "users/part-0.parquet"], 0, False),
+        (["_alive"], 0, False),
+    ],
+)
+def test_dead_or_broken_claim_is_cleared_away_wherever_it_ran(
+    names: list[str], seconds: float, break_lock: bool, lake: etl.Lake
+) -> None:
+    fill(folder_of(lake) / "_staging/elsewhere", "run0", *names)
+    age(lake, seconds)
+    with etl.claimed(lake, "run2", break_lock):
+        assert [of.name for of in folder_of(lake).glob("_staging/*")] == ["run2"]
+    assert files_of(lake) == {*OLD, *FOREIGN}
+
+
+def test_heartbeat_renews_a_claim_but_none_that_is_taken_over(
+    lake: etl.Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etl, "HEARTBEAT", 0.01)
+    with etl.claimed(lake, "run1") as staging:
+        age(lake)
+        folder, deadline = folder_of(lake) / staging, time.monotonic() + 20
+        while time.time() - (folder / "_alive").stat().st_mtime > 50:
+            assert time.monotonic() < deadline
+        (folder / "_owner.json").unlink()
+        time.sleep(0.1)
+        assert not (folder / "_owner.json").exists()
+    assert files_of(lake) == {*OLD, *FOREIGN}
+
+
+def test_heartbeat_leaves_nothing_of_a_run_that_has_ended(
+    lake: etl.Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etl, "HEARTBEAT", 0.001)
+    publish(watched(lake, before("create", "_alive", partial(time.sleep, 0.1))))
+    time.sleep(0.2)
+    assert not (folder_of(lake) / "_staging").exists()
+
+
+def enter(stack: ExitStack, lake: etl.Lake, run_id: str, inside: list[str]) -> None:
+    """Claims a lake as long as the stack lives; tells by a list when it may go on."""
+    with suppress(Exception):  # A claim may go while another run reads it.
+        stack.enter_context(etl.claimed(lake, run_id))
+        inside.append(run_id)
+
+
+def test_of_two_runs_one_at_most_goes_on(lake: etl.Lake) -> None:
+    """The second starts before the n-th call of the first, and stays."""
+    outcomes = set()
+    for n in range(1, 40):
+        inside: list[str] = []
+        with ExitStack() as first, ExitStack() as second:
+            watch = before(n, "", partial(enter, second, lake, "run2", inside))
+            enter(first, watched(lake, watch), "run1", inside)
+            first.close()
+            assert inside != ["run2", "run1"], n
+            has_claim = "_staging/run2/_owner.json" in files_of(lake)
+            assert has_claim == ("run2" in inside), n
+        outcomes.add(tuple(inside))
+        start(lake)
+        assert rows_of(lake) == OLD_ROWS, n
+    assert {("run1",), ("run2",)} <= outcomes
+
+
+def test_of_two_runs_in_the_same_second_one_at_most_goes_on(lake: etl.Lake) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def run(run_id: str, inside: list[str]) -> None:
+        with ExitStack() as stack:
+            both.wait()
+            enter(stack, lake, run_id, inside)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for n in range(20):
+            inside: list[str] = []
+            list(pool.map(run, ("run1", "run2"), (inside, inside)))
+            assert len(inside) < 2, n
+            start(lake)
+            assert rows_of(lake) == OLD_ROWS, n
