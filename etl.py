@@ -1,9 +1,6 @@
 #!/usr/bin/env python3
 """Sparkify data lake ETL: song and log JSON in, a star schema of Parquet tables out.
 
-    python etl.py [--input URI] [--output URI]         on a laptop, an EMR master node
-    spark-submit etl.py [--input URI] [--output URI]   on a cluster
-
 It reads from top to bottom: the tables, reading, building, checking, the run; then the
 plumbing: the lake's files, Spark and S3, the catalog, the settings.
 """
@@ -14,7 +11,6 @@ import argparse
 import configparser
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -28,16 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import reduce
 from glob import escape, glob
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
 
 if not find_spec("pyspark"):  # A node of EMR has pyspark below its Spark home only.
-    os.environ.setdefault("SPARK_HOME", "/usr/lib/spark")
-    spark_python = os.path.join(os.environ["SPARK_HOME"], "python")
-    sys.path += [spark_python, *glob(f"{spark_python}/lib/py4j-*.zip")]
+    home = os.environ.setdefault("SPARK_HOME", "/usr/lib/spark")
+    sys.path += [f"{home}/python", *glob(f"{home}/python/lib/py4j-*.zip")]
 try:
     import pyspark
     from py4j.protocol import Py4JJavaError
@@ -72,12 +66,13 @@ class Table:
     order: tuple[str, ...]
 
 
+MONTH = ("year", "month")
 TABLES = {
-    "songplays": Table("songplay_id", ("year", "month"), ("start_time",)),
+    "songplays": Table("songplay_id", MONTH, ("start_time",)),
     "users": Table("user_id", (), ("user_id",)),
     "songs": Table("song_id", ("year",), ("artist_id", "song_id")),
     "artists": Table("artist_id", (), ("artist_id",)),
-    "time": Table("start_time", ("year", "month"), ("start_time",)),
+    "time": Table("start_time", MONTH, ("start_time",)),
 }
 # (table, column, the table whose primary key the column holds)
 FOREIGN_KEYS = (
@@ -94,20 +89,29 @@ SONG_SCHEMA = """song_id string, title string, artist_id string, artist_name str
 EVENT_SCHEMA = """ts bigint, userId string, sessionId bigint, itemInSession bigint,
     page string, song string, artist string, length double, level string, gender string,
     location string, userAgent string, firstName string, lastName string"""
-SOURCES = {"songs": ("song_data", SONG_SCHEMA), "events": ("log_data", EVENT_SCHEMA)}
 # Why a typed record is bad. A blank string is null there; the last ts is of year 9999.
 SONG_FAULT = """CASE WHEN song_id IS NULL THEN 'no song_id'
     WHEN artist_id IS NULL THEN 'no artist_id'
     WHEN greatest(abs(duration), abs(artist_latitude), abs(artist_longitude))
         = double('infinity') THEN 'number out of range' END"""
-EVENT_FAULT = """CASE WHEN page IS NULL THEN 'no page'
+HAS_TIME = "ts BETWEEN 0 AND 253402300799999"
+EVENT_FAULT = f"""CASE WHEN page IS NULL THEN 'no page'
     WHEN page = 'NextSong' AND ts IS NULL THEN 'play without ts'
-    WHEN ts NOT BETWEEN 0 AND 253402300799999 THEN 'ts out of range'
+    WHEN NOT {HAS_TIME} THEN 'ts out of range'
     WHEN page = 'NextSong' AND userId IS NULL THEN 'play without userId'
     WHEN page = 'NextSong' AND sessionId IS NULL THEN 'play without sessionId'
     WHEN abs(length) = double('infinity') THEN 'number out of range' END"""
 # A play's id. Ids in lakes out there depend on it: it never changes.
 SONGPLAY_ID = "xxhash64(ts, userId, sessionId, itemInSession)"
+IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
+    AND sessionId IS NOT NULL"""
+HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
+# What is read: a folder of INPUT, its fields, their faults, how typed records are kept.
+PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
+SOURCES = {
+    "songs": ("song_data", SONG_SCHEMA, SONG_FAULT, Table("song_id", (), ("song_id",))),
+    "events": ("log_data", EVENT_SCHEMA, EVENT_FAULT, Table(PLAY, MONTH, ("ts",))),
+}
 
 
 # --- Read -----------------------------------------------------------------------------
@@ -115,33 +119,25 @@ SONGPLAY_ID = "xxhash64(ts, userId, sessionId, itemInSession)"
 # Where a record ends and another begins: at a line end after } or ], but not before
 # the next key of the same object; before a line that begins with {, even where the one
 # before was cut off; between } and {"key": on one line, where an array has a comma.
-LINE_END = (
-    r'[ \t]*+\r?\n\s*+(?=[^,\]}\s])|(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"])'
-)
+LINE_END = r"(?<=[}\]])[ \t]*+\r?\n\s*+(?=[^,\]}\s])"
+LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"])'
 NEXT_OBJECT = r'(?=\{\s*+"[^"\\]*+"\s*+:)'
-BOUNDARY = rf"(?<=[}}\]]){LINE_END}|\n(?=\{{)|(?<=\}})\s*+{NEXT_OBJECT}"
+BOUNDARY = rf"{LINE_END}|{LINE_END_WITH_COMMA}|\n(?=\{{)|(?<=\}})\s*+{NEXT_OBJECT}"
 ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
 ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order mark.
-JSON_OPTIONS = {
-    "columnNameOfCorruptRecord": "_corrupt",
-    "allowSingleQuotes": "false",
-    "allowNonNumericNumbers": "false",
-}
-SMALL_FILE = 1024 * 1024  # bytes
-WRONG_TYPE = "value of the wrong type"
 
 
 def read_texts(spark: SparkSession, folder: str) -> DataFrame:
     """The texts of the *.json and *.json.gz files below a folder: a small local file is
     one, else a line is one. Out: source_file (a URL-encoded URI), text string."""
-    files = spark.read.option("recursiveFileLookup", True)
-    files = files.option("pathGlobFilter", "*.{json,json.gz}")
+    files = spark.read.option("pathGlobFilter", "*.{json,json.gz}")
+    files = files.option("recursiveFileLookup", True)
     path = F.col("_metadata.file_path").alias("source_file")
     lines = files.text(literal(folder))
     if not folder.startswith("file:"):  # A whole object would cost S3 one request more.
         return lines.select(path, F.col("value").alias("text"))
     # Reading by line costs Hadoop a copy of its settings for each file.
-    is_small = (F.col("_metadata.file_size") <= SMALL_FILE) & ~path.endswith(".gz")
+    is_small = (F.col("_metadata.file_size") <= 2**20) & ~path.endswith(".gz")
     whole = files.format("binaryFile").load(literal(folder)).where(is_small)
     whole = whole.select(path, F.col("content").cast("string").alias("text"))
     return whole.unionAll(lines.where(~is_small).select(path, "value"))
@@ -164,7 +160,9 @@ def parse(text: Column, kind: str) -> Column:
     # from_json alone ignores what follows the first value. So `whole` has to follow it.
     wrapped = F.concat(F.lit('{"values": ['), text, F.lit('], "whole": true}'))
     wanted = f"values array<{kind}>, whole boolean, _corrupt string"
-    parsed = F.from_json(wrapped, wanted, JSON_OPTIONS)
+    options = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
+    options["columnNameOfCorruptRecord"] = "_corrupt"
+    parsed = F.from_json(wrapped, wanted, options)
     is_whole = parsed["_corrupt"].isNull() & parsed["whole"].isNotNull()
     return F.when(is_whole, parsed["values"])
 
@@ -191,52 +189,52 @@ def split_text(text: Column) -> Column:
     return F.when(is_one, F.array(text)).otherwise(F.coalesce(values, pieces))
 
 
-def read_records(spark: SparkSession, folder: str, schema: str) -> DataFrame:
-    """The typed records, good or bad, of the *.json and *.json.gz files below a folder.
-
-    A value of the wrong type makes a bad record, no null; a blank string is null. Out:
-    the schema's columns; source_file string; reason string, why a record is bad; raw
-    string, the text of a bad record (its bytes as ISO-8859-1 if they aren't UTF-8).
-    """
-    raw, texts = F.col("raw"), read_texts(spark, folder)
-    pieces = texts.withColumn("raw", F.explode(split_text(F.col("text"))))
+def read_records(spark: SparkSession, uri: str, kind: str) -> DataFrame:
+    """The typed records, good or bad, of INPUT's songs or events. A blank string is
+    null; a value of the wrong type makes a bad record. Out: SONG_SCHEMA, or EVENT_SCHEMA
+    and year, month int of ts, 0 where it isn't valid; source_file string; reason string,
+    why a record is bad; raw string, its text (as ISO-8859-1 if it isn't UTF-8)."""
+    part, schema, rules, layout = SOURCES[kind]
+    raw, texts = F.col("raw"), read_texts(spark, f"{uri}/{part}")
+    # An inner explode would make Spark split each text twice, to see if it is empty.
+    pieces = texts.withColumn("raw", F.explode_outer(split_text(F.col("text"))))
     pieces = pieces.withColumn("raw", trim(raw)).where(raw != "")
-    struct = re.sub(r"(\w+) (\w+)", r"\1: \2", schema)
-    values = parse(raw, f"struct<{struct}>").alias("values")
+    pieces = pieces.withColumn("values", parse(raw, f"struct<{schema}>"))
+    fault = (
+        F.when(~is_utf8(raw), "not UTF-8")
+        .when(F.isnotnull("values"), None)
+        .when(parse(raw, "string").isNull(), "not JSON")
+        .otherwise("value of the wrong type")
+    )
     latin = F.decode(raw.cast("binary"), "ISO-8859-1")
-    wrong = F.when(parse(raw, "string").isNull(), "not JSON").otherwise(WRONG_TYPE)
-    fault = F.when(~is_utf8(raw), "not UTF-8").when(F.isnull("values"), wrong)
-    records = pieces.select("source_file", "raw", values).select(
-        "source_file",
-        F.when(is_utf8(raw), raw).otherwise(latin).alias("raw"),
-        fault.alias("fault"),
+    records = pieces.select(
         F.explode_outer("values").alias("record"),
+        "source_file",
+        fault.alias("fault"),
+        F.when(is_utf8(raw), raw).otherwise(latin).alias("raw"),
     )
     strings = re.findall(r"(\w+) string", schema)
     blank_is_null = {of: F.expr(f"if(trim({of}) = '', null, {of})") for of in strings}
-    rules = F.expr(SONG_FAULT if schema == SONG_SCHEMA else EVENT_FAULT)
-    return (
+    records = (
         records.select("record.*", "source_file", "fault", "raw")
         .withColumns(blank_is_null)
-        .withColumn("reason", F.coalesce("fault", rules))
+        .withColumn("reason", F.expr(f"coalesce(fault, {rules})"))
         .withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
         .drop("fault")
     )
+    for folder in layout.folders:  # year and month
+        value = f"if({HAS_TIME}, {folder}(timestamp_millis(ts)), 0)"
+        records = records.withColumn(folder, F.expr(value))
+    return records
 
 
 # --- Build ----------------------------------------------------------------------------
 
-IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
-    AND sessionId IS NOT NULL"""
-HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
-
 
 def build_songs(songs: DataFrame) -> DataFrame:
     """One row a song_id: of several records the most complete, then the first in order.
-
     In: SONG_SCHEMA. Out: song_id, title, artist_id string; year int (0 is unknown);
-    duration double (seconds).
-    """
+    duration double (seconds)."""
     gaps = "int(title IS NULL) + int(duration IS NULL) + int(year = 0)"
     best = F.expr(f"min(struct({gaps}, title, artist_id, year, duration)) AS best")
     songs = songs.where(HAS_SONG_KEYS).withColumn("year", F.expr("coalesce(year, 0)"))
@@ -247,10 +245,8 @@ def build_songs(songs: DataFrame) -> DataFrame:
 def build_artists(songs: DataFrame) -> DataFrame:
     """One row an artist_id: of several records one with a name, then the most complete,
     then the one of the shortest name, then the first in alphabetical order.
-
     In: SONG_SCHEMA. Out: artist_id, name, location string; latitude, longitude double
-    (degrees).
-    """
+    (degrees)."""
     best = F.expr(
         """min(struct(artist_name IS NULL,
         int(artist_location IS NULL) + int(artist_latitude IS NULL)
@@ -266,36 +262,23 @@ def build_artists(songs: DataFrame) -> DataFrame:
 def build_users(events: DataFrame) -> DataFrame:
     """One row a user id of any event, as the user's latest event describes the user; of
     several at that moment the one of the highest itemInSession.
-
-    In: EVENT_SCHEMA. Out: user_id, first_name, last_name, gender, level string.
-    """
-    events = events.where("userId IS NOT NULL").withColumn(
-        "ts", F.expr("ifnull(ts, -1)")
-    )
-    # Spark sorts to find a greatest struct, so first the rows are made few.
-    newest = events.groupBy("userId").agg(F.max("ts").alias("ts"))
-    latest = events.join(newest, on=["userId", "ts"], how="inner")
-    order = "itemInSession, sessionId, firstName, lastName, gender, level"
-    greatest = F.expr(f"max(struct({order})) AS latest")
-    return (
-        latest.groupBy("userId")
-        .agg(greatest)
-        .selectExpr(
-            "userId AS user_id",
-            "latest.firstName AS first_name",
-            "latest.lastName AS last_name",
-            "latest.gender",
-            "latest.level",
-        )
+    In: EVENT_SCHEMA. Out: user_id, first_name, last_name, gender, level string."""
+    order = "ts, itemInSession, sessionId, firstName, lastName, gender, level"
+    latest = F.expr(f"max(struct({order})) AS latest")
+    users = events.where("userId IS NOT NULL").groupBy("userId").agg(latest)
+    return users.selectExpr(
+        "userId AS user_id",
+        "latest.firstName AS first_name",
+        "latest.lastName AS last_name",
+        "latest.gender",
+        "latest.level",
     )
 
 
 def build_time(events: DataFrame) -> DataFrame:
     """One row a start_time of a play.
-
     In: EVENT_SCHEMA. Out: start_time timestamp; hour, day, week (ISO 8601), month,
-    year, weekday (1 Sunday to 7 Saturday) int, in the session's time zone, UTC.
-    """
+    year, weekday (1 Sunday to 7 Saturday) int, in the session's time zone, UTC."""
     times = events.where(IS_PLAY).selectExpr("timestamp_millis(ts) AS start_time")
     return times.distinct().selectExpr(
         "start_time",
@@ -311,21 +294,17 @@ def build_time(events: DataFrame) -> DataFrame:
 def build_songplays(events: DataFrame, songs: DataFrame) -> DataFrame:
     """One row a distinct play (ts, userId, sessionId, itemInSession), with or without a
     song; of several deliveries the greatest, field by field.
-
     A play's song has exactly its title and, among the names that the catalogue gives
     the song's artist, exactly its artist; of several the nearest in duration wins, then
     the smallest song_id. A play without a song gets the artist_id of the only artist of
-    that name.
-    In: EVENT_SCHEMA and SONG_SCHEMA. Out: songplay_id bigint; start_time timestamp;
-    user_id, level, song_id, artist_id string; session_id bigint; location, user_agent
-    string; year, month int of start_time.
-    """
+    that name. In: EVENT_SCHEMA and SONG_SCHEMA. Out: songplay_id bigint; start_time
+    timestamp; user_id, level, song_id, artist_id string; session_id bigint; location,
+    user_agent string; year, month int of start_time."""
     key = ("ts", "userId", "sessionId", "itemInSession")
     fields = "level, location, userAgent, song, artist, length"
     greatest = F.expr(f"max(struct({fields})) AS play")
     plays = events.where(IS_PLAY).repartition(*key)  # Else they are sorted twice.
     plays = plays.groupBy(*key).agg(greatest).select(*key, "play.*")
-    # The least is the best fit.
     gap = "coalesce(abs(song.duration - length), double('infinity'))"
     fit = f"song -> struct({gap}, song.song_id, song.artist_id)"
     best = F.expr(f"array_min(transform(songs, {fit}))")
@@ -368,55 +347,37 @@ def look_up_songs(songs: DataFrame) -> tuple[DataFrame, DataFrame]:
 # --- Write and check ------------------------------------------------------------------
 
 
-def write_files(rows: DataFrame, folder: str, kind: str, *partitions: str) -> None:
-    """Writes rows below a folder as files of a kind, and no other file."""
-    marker = "mapreduce.fileoutputcommitter.marksuccessfuljobs"
-    # An option of a write reaches Hadoop for that write alone.
-    files = rows.write.option(marker, "false").partitionBy(*partitions)
-    files.format(kind).save(folder)
-
-
-def write_table(rows: DataFrame, name: str, folder: str) -> None:
-    """Writes a table as Parquet below folder/<name>/, in few files of even size."""
-    table = TABLES[name]
+def write_files(rows: DataFrame, folder: str, table: Table) -> None:
+    """Writes rows as Parquet below a folder, in few files of even size."""
     # DataFrame.hint takes no columns before Spark 4.
     hint = f"REBALANCE({', '.join(table.folders)})" if table.folders else "REBALANCE"
     sized = rows.sparkSession.sql(f"SELECT /*+ {hint} */ * FROM {{rows}}", rows=rows)
     ordered = sized.sortWithinPartitions(*table.folders, *table.order)
-    write_files(ordered, f"{folder}/{name}", "parquet", *table.folders)
+    ordered.write.partitionBy(*table.folders).parquet(folder)
 
 
-def check_tables(spark: SparkSession, folder: str) -> dict[str, int]:
+def check_tables(spark: SparkSession, root: str, due: dict[str, int]) -> dict[str, int]:
     """Checks the five tables as written below a folder; returns the rows of each.
-
-    Raises RunError unless each has rows, every primary key is unique and not null, and
-    every foreign key that isn't null finds its row.
-    """
-    queries, cached = [], []
-    for name, table in reversed(TABLES.items()):  # The fault of a key comes first.
-        foreign = [(column, owner) for of, column, owner in FOREIGN_KEYS if of == name]
-        columns = {table.key, *(column for column, _ in foreign)}
-        rows = spark.read.parquet(literal(f"{folder}/{name}")).select(*columns)
-        cached.append(rows.persist())  # Else a file would be opened for each query.
-        rows.createOrReplaceTempView(name)
-        joins, orphans = [], ["''"]
-        for column, owner in foreign:
-            key, value = f"{owner}.{TABLES[owner].key}", f"{name}.{column}"
-            joins.append(f"LEFT JOIN {owner} ON {value} = {key}")
-            orphans.append(f"min(if({key} IS NULL, '{column} ' || {value}, null))")
-        queries.append(
-            f"SELECT '{name}', count(*), count(DISTINCT {name}.{table.key}), "
-            f"concat_ws(' ', {', '.join(orphans)}) FROM {name} {' '.join(joins)}"
-        )
+    Raises RunError unless each has rows, as many as are due, every primary key is
+    unique and not null, and every foreign key that isn't null finds its row."""
+    queries = []
+    for name, table in TABLES.items():
+        spark.read.parquet(literal(f"{root}/{name}")).createOrReplaceTempView(name)
+        figures = f"count(*), count(DISTINCT {table.key}), ''"
+        queries.append(f"SELECT '{name}', {figures} FROM {name}")
+    for name, column, owner in FOREIGN_KEYS:
+        lost = f"'{name}: no row of {owner} for {column} ' || min({column})"
+        join = f"{owner} ON {name}.{column} = {owner}.{TABLES[owner].key}"
+        queries.append(f"SELECT '', 0, 0, {lost} FROM {name} LEFT ANTI JOIN {join}")
     found = spark.sql(" UNION ALL ".join(queries)).collect()
-    for rows in cached:
-        rows.unpersist()
-    for name, rows, keys, orphan in found:
-        fault = f"{rows:,} rows, {keys:,} different {TABLES[name].key}"
-        missing = f"no row for {orphan.strip()}" if orphan.strip() else ""
-        if not rows or rows != keys or missing:
-            raise RunError(f"check failed: {name}: {missing or fault}")
-    return {name: rows for name, rows, _, _ in found}
+    for name, rows, keys, lost in found:
+        if lost:
+            raise RunError(f"check failed: {lost}")
+        if name and not 0 < rows == keys == due.get(name, rows):
+            fault = f"{rows:,} rows, {keys:,} different {TABLES[name].key}"
+            wanted = f"{due.get(name, rows):,} due"
+            raise RunError(f"check failed: {name}: {fault}, {wanted}")
+    return {name: rows for name, rows, *_ in found if name}
 
 
 # --- Run ------------------------------------------------------------------------------
@@ -424,14 +385,12 @@ def check_tables(spark: SparkSession, folder: str) -> dict[str, int]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """A whole run: reads, builds, checks, publishes. Returns its report, which is in
-    OUTPUT/_reports/ too.
-
-    Raises SettingsError for what is wrong with the settings, RunError or what Spark
-    raises for the rest. The tables are as they were then, unless the error says more.
+    OUTPUT/_reports/, too. Raises SettingsError for wrong settings, RunError or what
+    Spark raises for the rest: the tables are as they were, unless the error says more.
     """
-    is_small = preflight(settings)
+    sizes = preflight(settings)
     log.info("starting Spark")
-    spark = start_spark(settings, is_small)
+    spark = start_spark(settings, sizes)
     lake = open_lake(spark, settings.output)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     with claimed(lake, run_id, settings.break_lock) as staging:
@@ -442,22 +401,20 @@ def run(settings: Settings) -> dict[str, Any]:
         if any(of["rejected"] for of in counts.values()):
             stage_rejected(records, f"{folder}/_rejected/{run_id}")
         if fault := find_fault(counts, settings):
-            publish(lake, run_id, tables=())
+            publish(lake, staging, tables=())
             raise RunError(fault)
         log.info("building the tables")
         stage_tables(records, folder)
         log.info("checking the tables")
-        rows = check_tables(spark, folder)
-        if fault := find_loss(counts, rows):
-            raise RunError(f"check failed: {fault}")
+        distinct = (counts[kind]["distinct"] for kind in SOURCES)
+        rows = check_tables(spark, folder, dict(zip(("songs", "songplays"), distinct)))
         found = ("count(song_id) AS with_song", "count(artist_id) AS with_artist")
         plays = spark.table("songplays").selectExpr(*found).first().asDict()
-        log.info("publishing to %s", settings.output)
         report = {"run": run_id, "input": settings.input, "output": settings.output}
-        tables = describe_tables(rows, lake.files(staging))
-        report.update(records=counts, tables=tables, plays=plays)
+        report.update(records=counts, tables=rows, plays=plays)
         lake.write(f"{staging}/_reports/{run_id}.json", json.dumps(report, indent=2))
-        publish(lake, run_id, tables=TABLES)
+        log.info("publishing to %s", settings.output)
+        publish(lake, staging, tables=TABLES)
     if settings.database:
         log.info("registering the tables in %s", settings.database)
         register_tables(spark, lake, settings.database)
@@ -465,39 +422,32 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def stage_records(spark: SparkSession, uri: str, folder: str) -> dict[str, DataFrame]:
-    """The records of INPUT by kind, good or bad, which are parsed once: into Parquet
-    below folder/_records/."""
-
-    def stage(kind: str) -> DataFrame:
-        part, schema = SOURCES[kind]
-        records = read_records(spark, f"{uri}/{part}", schema)
-        staged = f"{folder}/_records/{kind}"
-        write_files(records, staged, "parquet")
-        return spark.read.schema(records.schema).parquet(literal(staged))
-
+    """The records of INPUT by kind, good or bad. They are parsed once: into Parquet
+    below folder/_records/, events by year and month, where 0 is of no valid ts."""
+    parsed = [read_records(spark, uri, kind) for kind in SOURCES]
+    places = [f"{folder}/_records/{kind}" for kind in SOURCES]
     with ThreadPoolExecutor() as pool:
-        return dict(zip(SOURCES, pool.map(stage, SOURCES)))
+        list(pool.map(write_files, parsed, places, (of[-1] for of in SOURCES.values())))
+    staged = zip((spark.read.schema(of.schema) for of in parsed), places)
+    return dict(zip(SOURCES, (of.parquet(literal(place)) for of, place in staged)))
 
 
 def count_records(kind: str, records: DataFrame) -> dict[str, Any]:
     """How many records are read and, by reason, rejected; how many distinct songs or
     plays the good ones are."""
-    key = "song_id" if kind == "songs" else f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
-    figures = (F.count("*"), F.count_distinct(F.expr(key)))
-    counted = records.groupBy("reason").agg(*figures).collect()
-    found = {reason: (count, keys) for reason, count, keys in counted}
-    good, distinct = found.pop(None, (0, 0))
-    rejected = {reason: count for reason, (count, _) in sorted(found.items())}
-    read = good + sum(rejected.values())
+    figures = (F.count("*"), F.count_distinct(F.expr(SOURCES[kind][-1].key)))
+    counts = {of[0]: of[1:] for of in records.groupBy("reason").agg(*figures).collect()}
+    read = sum(count for count, _ in counts.values())
+    _, distinct = counts.pop(None, (0, 0))
+    rejected = {reason: count for reason, (count, _) in sorted(counts.items())}
     return {"read": read, "rejected": rejected, "distinct": distinct}
 
 
 def stage_rejected(records: dict[str, DataFrame], folder: str) -> None:
     """Writes the bad records as JSON lines: source_file, reason, raw."""
-    bad = [of.where("reason IS NOT NULL") for of in records.values()]
-    bad = [of.select("source_file", "reason", "raw") for of in bad]
-    rows = reduce(DataFrame.unionAll, bad).repartitionByRange("source_file")
-    write_files(rows, folder, "json")
+    bad = (of.where("reason IS NOT NULL") for of in records.values())
+    songs, events = (of.select("source_file", "reason", "raw") for of in bad)
+    songs.unionAll(events).repartitionByRange("source_file").write.json(folder)
 
 
 def find_fault(counts: dict[str, dict[str, Any]], settings: Settings) -> str | None:
@@ -505,15 +455,13 @@ def find_fault(counts: dict[str, dict[str, Any]], settings: Settings) -> str | N
     read = sum(of["read"] for of in counts.values())
     bad = sum(sum(of["rejected"].values()) for of in counts.values())
     if bad > settings.max_rejected * read:
-        return (
-            f"{bad:,} of {read:,} records are bad, over --max-rejected "
-            f"{settings.max_rejected:g}: no table is changed: see {settings.output}/"
-            "_rejected (small local files alone may have objects over several lines)"
-        )
-    for kind, (part, _) in SOURCES.items():
+        limit = f"--max-rejected {settings.max_rejected:g}: no table is changed"
+        hint = "small local files alone may have objects over several lines"
+        place = f"see {settings.output}/_rejected ({hint})"
+        return f"{bad:,} of {read:,} records are bad, over {limit}: {place}"
+    for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
         if not counts[kind]["distinct"]:
-            what = "song" if kind == "songs" else "play (page NextSong)"
-            return f"no {what} in {settings.input}/{part}: check --input"
+            return f"no {what} in {settings.input}/{SOURCES[kind][0]}: check --input"
     return None
 
 
@@ -527,41 +475,20 @@ def stage_tables(records: dict[str, DataFrame], folder: str) -> None:
         "artists": build_artists(songs),
         "time": build_time(events),
     }
+    places = (f"{folder}/{name}" for name in TABLES)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: write_table(tables[name], name, folder), tables))
-
-
-def find_loss(counts: dict[str, dict[str, Any]], rows: dict[str, int]) -> str | None:
-    """Which table has not as many rows as INPUT has distinct songs or plays."""
-    for name, kind in (("songs", "songs"), ("songplays", "events")):
-        if rows[name] != counts[kind]["distinct"]:
-            return f"{name} has {rows[name]:,} rows, INPUT {counts[kind]['distinct']:,}"
-    return None
-
-
-def describe_tables(rows: dict[str, int], files: dict[str, Any]) -> dict[str, Any]:
-    """The rows, files and bytes of each table, of what is staged."""
-    tables = {name: {"rows": rows[name], "files": 0, "bytes": 0} for name in TABLES}
-    for name, status in files.items():
-        if table := tables.get(name.split("/")[2]):
-            table["files"] += 1
-            table["bytes"] += status.getLen()
-    return tables
+        list(pool.map(write_files, tables.values(), places, TABLES.values()))
 
 
 def format_report(report: dict[str, Any]) -> str:
     """A report as a person reads it."""
-    lines = [f"{'table':9} {'rows':>12} {'files':>7} {'kB':>12}"]
-    for name, of in report["tables"].items():
-        size = of["bytes"] / 1000
-        lines.append(f"{name:9} {of['rows']:12,} {of['files']:7,} {size:12,.1f}")
-    for what, count in report["plays"].items():
-        lines.append(f"{'plays ' + what.replace('_', ' '):20} {count:>9,}")
-    for kind, of in report["records"].items():
-        lines.append(f"{kind + ' read':20} {of['read']:>9,}")
-        for reason, count in of["rejected"].items():
-            lines.append(f"{kind + ' rejected':20} {count:>9,}  {reason}")
-    return "\n".join([*lines, f"lake       {report['output']}"])
+    lines = [f"{count:12,}  rows of {name}" for name, count in report["tables"].items()]
+    lines += [f"{count:12,}  plays {name}" for name, count in report["plays"].items()]
+    for kind, counts in report["records"].items():
+        lines.append(f"{counts['read']:12,}  {kind} read")
+        rejected = counts["rejected"].items()
+        lines += [f"{count:12,}  {kind} rejected: {why}" for why, count in rejected]
+    return "\n".join([*lines, f"lake: {report['output']}"])
 
 
 def explain(error: BaseException) -> str:
@@ -592,8 +519,8 @@ class Lake:
         """Hadoop's Path of a file or folder."""
         return self.path_class(f"{self.root}/{name}")
 
-    def files(self, folder: str) -> dict[str, Any]:
-        """Hadoop's FileStatus of each file at any depth below a folder, by name."""
+    def files(self, folder: str) -> dict[str, int]:
+        """The files at any depth below a folder: when each was changed, by name (ms)."""
         folders, statuses = [self.path(folder)], []
         if not self.fs.exists(folders[0]):
             return {}
@@ -606,12 +533,11 @@ class Lake:
             folders += [status.getPath() for status in inside if status.isDirectory()]
             statuses += [status for status in inside if not status.isDirectory()]
         start = len(self.fs.makeQualified(self.path("")).toString().rstrip("/")) + 1
-        return {status.getPath().toString()[start:]: status for status in statuses}
+        times = ((of.getPath(), of.getModificationTime()) for of in statuses)
+        return {path.toString()[start:]: changed for path, changed in times}
 
-    def read(self, name: str) -> str | None:
-        """The text of a small file; None if it isn't there."""
-        if not self.fs.exists(self.path(name)):
-            return None
+    def read(self, name: str) -> str:
+        """The text of a small file."""
         with closing(self.fs.open(self.path(name))) as stream:
             return bytes(stream.readAllBytes()).decode()
 
@@ -621,19 +547,16 @@ class Lake:
             stream.write(bytearray(text.encode()))
 
     def move(self, source: str, target: str) -> None:
-        """Renames a file. A target that exists is whole: an earlier start made it."""
+        """Renames a file, whose target must not exist."""
         paths = (self.path(source), self.path(target))
         if not self.root.startswith("s3"):  # S3 has no folders.
             self.fs.mkdirs(paths[1].getParent())
-        reason = "can't be renamed to its place"
         try:
-            if self.fs.rename(*paths):
-                return
+            reason = "" if self.fs.rename(*paths) else "can't be renamed to its place"
         except Py4JJavaError as error:
             reason = explain(error)
-        if not self.fs.exists(paths[1]):
+        if reason and not self.fs.exists(paths[1]):
             raise OSError(f"{self.root}/{target}: {reason}")
-        self.delete(source)
 
     def delete(self, name: str, recursive: bool = False) -> None:
         """Deletes a file, an empty folder or, if recursive, any, where it is there."""
@@ -652,31 +575,28 @@ def open_lake(spark: SparkSession, root: str) -> Lake:
 @contextmanager
 def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
     """Keeps other runs from the lake while inside; first finishes or clears away what
-    dead ones have left. Gives the name of the run's staging folder.
-
-    The claim is a file that is written again every 15 s; its age by the store's clock
-    tells the living from the dead, wherever they run. Raises RunError while another run
-    is alive, SettingsError where OUTPUT can't be written.
-    """
+    dead ones have left. Gives the name of the run's staging folder, where a file that
+    is written again every 15 s tells the living from the dead. Raises RunError while
+    another run is alive, SettingsError where OUTPUT can't be written."""
     staging, ended = f"_staging/{run_id}", threading.Event()
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    me = {"host": socket.gethostname(), "process": os.getpid(), "start": started}
-    owner = f"{staging}/_owner.json"
+    owner, alive = f"{staging}/_owner.json", f"{staging}/_alive"
+    start = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    me = {"host": socket.gethostname(), "process": os.getpid(), "start": start}
 
     def stay_alive() -> None:
         while not ended.wait(HEARTBEAT):
             with suppress(Exception):  # The next one may be in time, too.
-                lake.write(f"{staging}/_alive", "")
+                lake.write(alive, "")
 
     try:
-        lake.write(f"{staging}/_alive", "")
+        lake.write(alive, "")
         lake.write(owner, json.dumps(me))
     except Py4JJavaError as error:
         raise SettingsError(f"OUTPUT {lake.root}: {explain(error)}") from error
     heartbeat = threading.Thread(target=stay_alive, daemon=True)
     heartbeat.start()
     try:
-        clear_others(lake, run_id, break_lock)
+        clear_others(lake, staging, break_lock)
         yield staging
     finally:
         ended.set()
@@ -684,54 +604,50 @@ def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
         with suppress(Exception):  # What else fails now would hide the reason.
             files = lake.files(staging)
             # A journal is for the next start, and a claim without owner is taken over.
-            if owner in files and f"{staging}/_journal.json" not in files:
-                lake.delete(staging, recursive=True)
-            for name in (owner, f"{staging}/_alive", staging, "_staging"):
-                lake.delete(name)  # This fails for a folder that isn't empty.
+            is_over = owner in files and f"{staging}/_journal.json" not in files
+            for name in () if is_over else (owner, alive):
+                lake.delete(name)
+            for name in (staging, "_staging"):  # One that isn't empty stays.
+                lake.delete(name, recursive=is_over and name == staging)
 
 
-def clear_others(lake: Lake, run_id: str, break_lock: bool) -> None:
-    """Finishes or clears away what dead runs have left. Raises RunError where another
-    run is alive or can't be finished."""
-    found = lake.files("_staging").items()
-    files = {name: status.getModificationTime() for name, status in found}
-    others = {"/".join(name.split("/")[:2]) for name in files} - {f"_staging/{run_id}"}
-    now = files.get(f"_staging/{run_id}/_alive", 0)  # ms, by the store's clock
+def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
+    """Finishes what dead runs have left, or raises RunError where one is alive."""
+    files = lake.files("_staging")
+    others = {"/".join(name.split("/")[:2]) for name in files} - {staging}
     for other in others:
-        age = (now - files.get(f"{other}/_alive", -math.inf)) / 1000
-        if f"{other}/_owner.json" in files and age < LEASE and not break_lock:
-            owner = f"{lake.read(f'{other}/_owner.json')}, alive {age:.0f} s ago"
+        owner, alive = f"{other}/_owner.json", files.get(f"{other}/_alive", 0)
+        age = (files.get(f"{staging}/_alive", 0) - alive) / 1000
+        if owner in files and age < LEASE and not break_lock:
+            them = f"{lake.read(owner)}, alive {age:.0f} s ago"
             hint = f"if it is dead, wait {LEASE} s or add --break-lock"
-            raise RunError(f"{lake.root} is in use by {owner}: {hint}")
+            raise RunError(f"{lake.root} is in use by {them}: {hint}")
     for other in sorted(others):
         lake.delete(f"{other}/_owner.json")  # That run must not go on from here.
-        journal = lake.read(f"{other}/_journal.json")
+        journal = f"{other}/_journal.json"
         try:
-            if journal is not None:
-                finish(lake, other, json.loads(journal))
-        except (ValueError, RunError) as error:
+            if lake.fs.exists(lake.path(journal)):
+                places = (other, *TABLES, "_rejected", "_reports")
+                there = {name for place in places for name in lake.files(place)}
+                finish(lake, other, json.loads(lake.read(journal)), there)
+        except (ValueError, KeyError, RunError) as error:
             if not break_lock:
                 hint = "add --break-lock to discard it and replace every table"
-                name = f"{lake.root}/{other}/_journal.json"
-                raise RunError(f"{name}: {error}: {hint}") from error
+                raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
         lake.delete(other, recursive=True)
         log.info("finished or cleared away what was left in %s", other)
 
 
-def publish(lake: Lake, run_id: str, tables: Iterable[str]) -> None:
+def publish(lake: Lake, staging: str, tables: Iterable[str]) -> None:
     """Moves what a run has staged into the lake, then deletes the files that these
-    tables had before. Other files stay.
-
-    A journal of both comes first, so that the next start can finish what is cut off. A
-    reader sees old rows, new rows or both, never fewer.
-    """
-    staging = f"_staging/{run_id}"
-    names = (name[len(staging) + 1 :] for name in lake.files(staging))
-    staged = {
-        name: re.sub("/part-(?!.*/)", f"/part-{run_id}-", name)  # in no run's way
-        for name in names
-        if not re.search(r"/[_.]|^_(?!reports|rejected)", name)
-    }
+    tables had before. A journal of both comes first, so that the next start can finish
+    what is cut off. A reader sees old rows, new rows or both, never fewer."""
+    run_id = staging.split("/")[1]
+    there = lake.files(staging)
+    names = [name[len(staging) + 1 :] for name in there]
+    names = [of for of in names if not re.search(r"/[_.]|^_(?!reports|rejected)", of)]
+    # With the run in its name no file is in the way of another run's.
+    staged = {of: re.sub("/part-(?!.*/)", f"/part-{run_id}-", of) for of in names}
     old = [name for table in tables for name in lake.files(table)]
     journal = {"staged": staged, "replaced": list(filter(OWN_FILE.fullmatch, old))}
     lake.write(f"{staging}/_journal.tmp", json.dumps(journal))
@@ -739,7 +655,7 @@ def publish(lake: Lake, run_id: str, tables: Iterable[str]) -> None:
     lake.move(f"{staging}/_journal.tmp", f"{staging}/_journal.json")
     try:
         confirm_claim(lake, staging)
-        finish(lake, staging, journal)
+        finish(lake, staging, journal, {*there, *old})
     except RunError:
         raise
     except (Exception, KeyboardInterrupt) as error:
@@ -753,25 +669,22 @@ def confirm_claim(lake: Lake, staging: str) -> None:
         raise RunError("another run has taken over the lake: nothing is published")
 
 
-def finish(lake: Lake, staging: str, journal: dict[str, Any]) -> None:
-    """Does what is left to do of a journal; nothing, where moving had not begun.
-
-    Raises RunError, and deletes nothing, where a table's file is lost.
-    """
-    targets, there, published = journal["staged"], lake.files(staging), set()
-    left = [name for name in targets if f"{staging}/{name}" in there]
-    if len(left) < len(targets):
-        published = {name for table in TABLES for name in lake.files(table)}
-    gone = set(targets.values()) - {targets[name] for name in left} - published
+def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -> None:
+    """Does what is left to do of a journal, given the files that there are; nothing,
+    where moving had not begun. Raises RunError where a table's file is lost."""
+    targets = {f"{staging}/{name}": of for name, of in journal["staged"].items()}
+    left = [name for name in targets if name in there]
+    gone = {of for name, of in targets.items() if not {name, of} & there}
     lost = sorted(filter(OWN_FILE.fullmatch, gone))
-    if lost and not published & set(targets.values()):
+    if lost and not there & set(targets.values()):
         return
     if lost:
         raise RunError(f"{lake.root}/{lost[0]} is lost")
-    with ThreadPoolExecutor(16) as pool:
-        sources = (f"{staging}/{name}" for name in left)
-        list(pool.map(lake.move, sources, (targets[name] for name in left)))
-        list(pool.map(lake.delete, journal["replaced"]))
+    moves = {name: targets[name] for name in left if targets[name] not in there}
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lake.move, moves.keys(), moves.values()))
+        # A target that exists is whole: S3A copies a file, then deletes it.
+        list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
     emptied = folders_of(journal["replaced"]) - folders_of(targets.values())
     for folder in sorted(emptied, reverse=True):
         with suppress(Py4JJavaError, OSError):  # Another's file is in it.
@@ -787,11 +700,6 @@ def folders_of(names: Iterable[str]) -> set[str]:
 # --- Spark and S3 ---------------------------------------------------------------------
 
 EMR = "/usr/share/aws/emr"  # a folder of every EMR node
-SMALL_INPUT = 64 * 1024 * 1024  # bytes
-JAVA = (
-    "install Java 17 (apt-get install openjdk-17-jre-headless, dnf install "
-    "java-17-amazon-corretto-headless, brew install openjdk@17); see more with --debug"
-)
 SQL_OPTIONS = {
     # Without these the tables would depend on the machine.
     "spark.sql.session.timeZone": "UTC",
@@ -799,9 +707,6 @@ SQL_OPTIONS = {
     "spark.sql.parquet.compression.codec": "snappy",
     # At the default, 4 MB more for each file, small files make hundreds of tasks.
     "spark.sql.files.openCostInBytes": "65536",
-    # Small shuffle partitions would end up as Parquet files under 1 MB.
-    "spark.sql.adaptive.advisoryPartitionSizeInBytes": "768m",
-    "spark.sql.adaptive.coalescePartitions.minPartitionSize": "5m",
 }
 # The AWS SDK that each Hadoop was built with. S3A needs few modules of its 640 MB.
 SDK_2 = "s3 s3-transfer-manager sts sso ssooidc apache-client netty-nio-client"
@@ -810,6 +715,14 @@ SDKS = {
     "3.4.1": ("software.amazon.awssdk:{}:2.24.6", SDK_2),
     "3.4.2": ("software.amazon.awssdk:{}:2.29.52", SDK_2),
     "3.5.0": ("software.amazon.awssdk:{}:2.35.5", SDK_2),  # 2.35.4 has no ssooidc
+}
+# What dl.cfg's section [AWS] may hold, and S3A's setting for it.
+S3A_KEYS = {
+    "AWS_ACCESS_KEY_ID": "access.key",
+    "AWS_SECRET_ACCESS_KEY": "secret.key",
+    "AWS_SESSION_TOKEN": "session.token",
+    "AWS_REGION": "endpoint.region",
+    "ENDPOINT_URL": "endpoint",
 }
 # What those packages name but Spark has already, or other clouds need.
 NOT_NEEDED = (
@@ -820,79 +733,79 @@ NOT_NEEDED = (
 )
 
 
-def preflight(settings: Settings) -> bool:
-    """Raises SettingsError for what would fail after Spark's slow start. Returns
-    whether the input is known to be small."""
-    on_s3 = "s3" in (settings.input[:2], settings.output[:2])
-    sizes = check_s3(settings) if on_s3 and find_spec("boto3") else {}
-    for part, _ in SOURCES.values() if settings.input.startswith("file:") else ():
-        found = filter(os.path.exists, local_files(f"{settings.input}/{part}"))
-        sizes[part] = [os.path.getsize(name) for name in found]
-    if missing := [part for part in sizes if not sizes[part]]:
-        lack = f"holds no {missing[0]}/ with .json or .json.gz files"
-        hint = "give --input the folder of song_data/ and log_data/"
-        raise SettingsError(f"INPUT {settings.input} {lack}: {hint}")
-    return bool(sizes) and sum(map(sum, sizes.values())) < SMALL_INPUT
+def uses_s3(settings: Settings) -> bool:
+    """True where INPUT or OUTPUT is on S3."""
+    return "s3" in (settings.input[:2], settings.output[:2])
 
 
-def local_files(uri: str) -> list[str]:
-    """The paths of the JSON files below a folder; none for one that isn't local."""
-    pattern = f"{escape(uri[len('file://') :])}/**/*.json*"
-    return glob(pattern, recursive=True) if uri.startswith("file:") else []
+def preflight(settings: Settings) -> dict[str, int]:
+    """Raises SettingsError for what would fail after Spark's slow start. Returns the
+    bytes of each file of INPUT by its name; nothing where they can't be listed."""
+    has_boto3 = find_spec("boto3") is not None
+    sizes = check_s3(settings) if uses_s3(settings) and has_boto3 else {}
+    if settings.input.startswith("file:"):
+        folder = escape(settings.input[len("file://") :])
+        found = filter(os.path.exists, glob(f"{folder}/**/*.json*", recursive=True))
+        sizes = {name: os.path.getsize(name) for name in found}
+    elif not settings.input.startswith("s3") or not has_boto3:
+        return sizes
+    for part in ("song_data", "log_data"):
+        if not any(f"/{part}/" in f"/{name}" for name in sizes):
+            hint = "give --input the folder of song_data/ and log_data/"
+            lack = f"INPUT {settings.input} holds no {part}/ with .json or .json.gz"
+            raise SettingsError(f"{lack} files: {hint}")
+    return sizes
 
 
-def check_s3(settings: Settings) -> dict[str, list[int]]:
-    """The bytes of each object of INPUT on S3, by its part. Raises SettingsError unless
+def check_s3(settings: Settings) -> dict[str, int]:
+    """The bytes of each object of INPUT on S3, by its key. Raises SettingsError unless
     it can be listed, and objects in OUTPUT on S3 be written and deleted."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    aws = {key.lower(): value for key, value in settings.aws.items()}
     uri, sizes = settings.input, {}
+    aws = {key.lower(): value for key, value in settings.aws.items()}
     region, retries = aws.pop("aws_region", None), {"total_max_attempts": 2}
     style = {"addressing_style": "path" if "endpoint_url" in aws else "auto"}
     config = Config(connect_timeout=2, read_timeout=10, retries=retries, s3=style)
     try:
         client = boto3.client("s3", region_name=region, config=config, **aws)
-        for part, _ in SOURCES.values() if uri.startswith("s3") else ():
+        for part in ("song_data", "log_data") if uri.startswith("s3") else ():
             _, bucket, key = f"{uri}/{part}/".split("/", 3)[1:]
             pages = client.get_paginator("list_objects_v2")
-            pages = pages.paginate(Bucket=bucket, Prefix=key)
-            found = [of for page in pages for of in page.get("Contents", ())]
-            sizes[part] = [of["Size"] for of in found if ".json" in of["Key"]]
+            found = pages.paginate(Bucket=bucket, Prefix=key).search("Contents[]")
+            sizes.update((of["Key"], of["Size"]) for of in found if of)
         uri = settings.output
         if uri.startswith("s3"):
             _, bucket, key = f"{uri}/_probe-{uuid.uuid4().hex}".split("/", 3)[1:]
             client.delete_object(Bucket=bucket, Key=key)  # What can't go must not come.
             client.put_object(Bucket=bucket, Key=key)
             client.delete_object(Bucket=bucket, Key=key)
-        credentials = boto3.Session().get_credentials()
+        method = getattr(boto3.Session().get_credentials(), "method", None)
     except (BotoCoreError, ClientError, ValueError) as error:
         raise SettingsError(f"{uri}: {explain(error)}") from error
-    method = None if aws else getattr(credentials, "method", None)
-    if method == "sso" and pyspark.__version__ < "4":
+    if method == "sso" and not aws and pyspark.__version__ < "4":
         hint = "install pyspark 4, or set what aws configure export-credentials prints"
         raise SettingsError(f"Spark 3.5 knows no AWS SSO: {hint}")
-    return sizes
+    return {key: size for key, size in sizes.items() if ".json" in key}
 
 
-def start_spark(settings: Settings, is_small: bool = False) -> SparkSession:
+def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
     """A session of the job's own, on the Spark at hand or on pip's, which it starts."""
     given = {"SPARK_HOME", "PYSPARK_GATEWAY_PORT"} & set(os.environ)
     if not given and SparkContext._gateway is None:
-        start_own_spark(settings, is_small)
+        start_own_spark(settings, 0 < sum(sizes.values()) < 2**26)  # 64 MB
     builder = SparkSession.builder
-    if settings.database:
-        builder = builder.enableHiveSupport()
+    builder = builder.enableHiveSupport() if settings.database else builder
     spark = builder.getOrCreate().newSession()
     for key, value in SQL_OPTIONS.items():
         spark.conf.set(key, value)
     for uri in (settings.input, settings.output):
         if uri.startswith("s3a:"):
             configure_s3(spark, uri.split("/")[2], settings.aws)
-    is_ascii = "ANSI" in spark._jvm.java.lang.System.getProperty("sun.jnu.encoding")
-    if is_ascii and not "".join(local_files(settings.input)).isascii():
+    encoding = spark._jvm.java.lang.System.getProperty("sun.jnu.encoding")
+    if "ANSI" in encoding and not "".join(of for of in sizes if of[0] == "/").isascii():
         raise SettingsError("Java passes over names with é: set LC_ALL=C.UTF-8 for it")
     return spark
 
@@ -900,8 +813,8 @@ def start_spark(settings: Settings, is_small: bool = False) -> SparkSession:
 def start_own_spark(settings: Settings, is_small: bool) -> None:
     """Starts pip's Spark, whose log is shown only when debugging."""
     cores = os.cpu_count() or 1
-    # A task waits for one small object after another; too many share the memory.
-    threads = max(8, cores) if settings.input.startswith("s3") else cores
+    # A task waits for one small object after another.
+    threads = max(32, cores) if settings.input.startswith("s3") else cores
     # Java's second compiler doesn't pay; without it, Java makes too small a code cache.
     quick = " -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
     options = {
@@ -913,9 +826,9 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.sql.shuffle.partitions": str(4 * cores),
+        "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
+        **(s3_options() if uses_s3(settings) else {}),
     }
-    if "s3" in (settings.input[:2], settings.output[:2]):
-        options.update(s3_options())
     if os.environ.get("LC_ALL") in ("C", "POSIX"):  # Java passes over names with é.
         os.environ["LC_ALL"] = "C.UTF-8"
     reader, writer = os.pipe()
@@ -926,12 +839,12 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         conf = SparkConf(_jvm=gateway.jvm).setAppName("sparkify-etl")
         context = SparkContext(conf=conf, gateway=gateway)
     except Exception as error:
-        raise SettingsError(f"Spark didn't start: {explain(error)}: {JAVA}") from error
+        hint = "install Java 17 (apt-get install openjdk-17-jre-headless), see --debug"
+        raise SettingsError(f"Spark didn't start: {explain(error)}: {hint}") from error
     finally:
         os.close(writer)
-    files = context._jvm.org.apache.hadoop.fs.FileSystem
-    local = files.getLocal(context._jsc.hadoopConfiguration())
-    local.setWriteChecksum(False)  # No .crc file beside each file of the lake.
+    files = context._jvm.org.apache.hadoop.fs.FileSystem  # shall write no .crc files
+    files.getLocal(context._jsc.hadoopConfiguration()).setWriteChecksum(False)
 
 
 def relay(reader: int, everything: bool) -> None:
@@ -943,8 +856,7 @@ def relay(reader: int, everything: bool) -> None:
 
 
 def s3_packages() -> str:
-    """The Maven packages that give S3A to the Spark at hand; "" for one that has it.
-    For a Hadoop that isn't known they bring the whole SDK."""
+    """The Maven packages that give S3A to the Spark at hand; "" for one that has it."""
     home = os.environ.get("SPARK_HOME", os.path.dirname(pyspark.__file__))
     jars = " ".join(os.listdir(f"{home}/jars"))
     hadoop = re.search(r"hadoop-client-api-(\S+)\.jar", jars)
@@ -968,9 +880,7 @@ def s3_options() -> dict[str, str]:
         "spark.jars.packages": packages,
         "spark.jars.excludes": NOT_NEEDED,
         f"{s3a}.aws.credentials.provider": chain,
-        # Uploads that a killed run has left go with its folder.
-        f"{s3a}.directory.operations.purge.uploads": "true",
-        # Fewer requests: no object for what a task has to commit, one GET a small file.
+        f"{s3a}.directory.operations.purge.uploads": "true",  # of a run that was killed
         f"{s3a}.committer.magic.track.commits.in.memory.enabled": "true",
         f"{s3a}.input.stream.type": "prefetch",
     }
@@ -983,30 +893,24 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
     if not loader.getResource("org/apache/hadoop/fs/s3a/S3AFileSystem.class"):
         packages = f"{s3_packages()} --exclude-packages '{NOT_NEEDED}'"
         raise SettingsError(f"Spark has no S3A: start it with --packages {packages}")
-    kind = "Temporary" if "AWS_SESSION_TOKEN" in aws else "Simple"
-    provider = f"org.apache.hadoop.fs.s3a.{kind}AWSCredentialsProvider"
-    has_endpoint = "ENDPOINT_URL" in aws
-    options = {
-        "aws.credentials.provider": provider if "AWS_ACCESS_KEY_ID" in aws else None,
-        "access.key": aws.get("AWS_ACCESS_KEY_ID"),
-        "secret.key": aws.get("AWS_SECRET_ACCESS_KEY"),
-        "session.token": aws.get("AWS_SESSION_TOKEN"),
-        "endpoint": aws.get("ENDPOINT_URL"),
-        "endpoint.region": aws.get("AWS_REGION", "us-east-1" if has_endpoint else None),
-        "path.style.access": "true" if has_endpoint else None,
-    }
+    options = {S3A_KEYS[key]: value for key, value in aws.items()}
+    if "ENDPOINT_URL" in aws:
+        options.setdefault("endpoint.region", "us-east-1")
+        options["path.style.access"] = "true"
+    if "AWS_ACCESS_KEY_ID" in aws:
+        kind = "Temporary" if "AWS_SESSION_TOKEN" in aws else "Simple"
+        provider = f"org.apache.hadoop.fs.s3a.{kind}AWSCredentialsProvider"
+        options["aws.credentials.provider"] = provider
     for key, value in options.items():
-        if value:
-            spark._jsc.hadoopConfiguration().set(f"fs.s3a.bucket.{bucket}.{key}", value)
+        spark._jsc.hadoopConfiguration().set(f"fs.s3a.bucket.{bucket}.{key}", value)
 
 
 # --- Catalog --------------------------------------------------------------------------
 
 
 def register_tables(spark: SparkSession, lake: Lake, database: str) -> None:
-    """Registers the lake's tables and folders in the catalog of the Spark at hand, in
-    Hive's own format, which Athena and Redshift Spectrum read, too. Raises RunError for
-    a table of the same name whose data dropping it would delete."""
+    """Registers the lake's tables in the catalog of the Spark at hand, in Hive's format,
+    which Athena and Redshift read. Raises RunError for a table that isn't external."""
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     for name, table in TABLES.items():
         rows = spark.read.parquet(literal(f"{lake.root}/{name}"))
@@ -1014,34 +918,30 @@ def register_tables(spark: SparkSession, lake: Lake, database: str) -> None:
         if os.path.isdir(EMR):  # Athena knows no s3a.
             location = location.replace("s3a:", "s3:", 1)
         if spark.catalog.tableExists(f"{database}.{name}"):
-            described = spark.sql(f"DESCRIBE EXTENDED {full}").drop("comment")
-            facts = dict(described.collect())
-            if facts.get("Type") != "EXTERNAL":
+            described = spark.sql(f"DESCRIBE EXTENDED {full}").drop("comment").collect()
+            if (facts := dict(described)).get("Type") != "EXTERNAL":
                 raise RunError(f"{full} is no external table: rename or drop it")
             if (spark.table(full).dtypes, facts["Location"]) != (rows.dtypes, location):
                 spark.sql(f"DROP TABLE {full}")
         columns = {column: f"`{column}` {kind}" for column, kind in rows.dtypes}
         folders = ", ".join(columns.pop(column) for column in table.folders)
-        spark.sql(
-            f"CREATE EXTERNAL TABLE IF NOT EXISTS {full} "
-            f"({', '.join(columns.values())}) "
-            + (f"PARTITIONED BY ({folders}) " if folders else "")
-            + "STORED AS PARQUET LOCATION '{}'".format(location.replace("'", r"\'"))
-        )
+        named = ", ".join(columns.values())
+        create = f"CREATE EXTERNAL TABLE IF NOT EXISTS {full} ({named})"
+        kept = f"PARTITIONED BY ({folders})" if folders else ""
+        place = location.replace("'", r"\'")
+        spark.sql(f"{create} {kept} STORED AS PARQUET LOCATION '{place}'")
         if folders:
             spark.sql(f"MSCK REPAIR TABLE {full} SYNC PARTITIONS")
 
 
 # --- Settings -------------------------------------------------------------------------
 
-AWS_KEYS = "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION"
-CONFIG_KEYS = {"LAKE": "INPUT OUTPUT DATABASE", "AWS": f"{AWS_KEYS} ENDPOINT_URL"}
+CONFIG_KEYS = {"LAKE": ("INPUT", "OUTPUT", "DATABASE"), "AWS": tuple(S3A_KEYS)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know: URIs without a last slash, what dl.cfg has in [AWS].
-    Without keys there, S3 is reached as the default AWS chain says."""
+    """What a run needs to know: URIs without a last slash, what dl.cfg has in [AWS]."""
 
     input: str
     output: str
@@ -1053,15 +953,10 @@ class Settings:
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line (first), dl.cfg (second), the defaults (last).
-    Raises SettingsError for what is wrong there."""
+    """Settings from the command line, else dl.cfg, else the defaults."""
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = argparse.ArgumentParser(
-        prog="etl.py",
-        allow_abbrev=False,
-        description="Reads song_data/ and log_data/ under INPUT, writes Sparkify's "
-        "star schema as partitioned Parquet under OUTPUT. A flag beats dl.cfg.",
-    )
+    about = "Makes five tables under OUTPUT of song_data/ and log_data/ under INPUT."
+    parser = argparse.ArgumentParser("etl.py", description=about, allow_abbrev=False)
 
     def fail(message: str) -> None:  # In one line; argparse prints the usage, too.
         raise SettingsError(f"{message} (see etl.py --help)")
@@ -1083,7 +978,6 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     if not 0 <= flags["max_rejected"] <= 1:  # NaN is neither.
         fail(f"--max-rejected {flags['max_rejected']} is not between 0 and 1")
     flags.update(input=to_uri(flags["input"]), output=to_uri(flags["output"]))
-    check_apart(flags["input"], flags["output"])
     del flags["config"]
     return Settings(**flags, aws=config["AWS"])
 
@@ -1092,8 +986,8 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
     """The values, by section and key, of a settings file: the named one, else ./dl.cfg,
     else the one beside the script. No error shows a value, which may be a secret."""
     config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
-    places = ("dl.cfg", f"{script_folder}/dl.cfg")
-    path = path or next(filter(os.path.exists, places), os.devnull)
+    places = filter(os.path.exists, ("dl.cfg", f"{script_folder}/dl.cfg"))
+    path = path or next(places, os.devnull)
     # A secret may hold a %, so there is no interpolation.
     parser = configparser.RawConfigParser(None, inline_comment_prefixes="#")
     parser.default_section = ""
@@ -1103,17 +997,16 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
             parser.read_file(file)
         for section in parser.sections():
             for key, value in parser[section].items():
-                if key not in CONFIG_KEYS.get(section, "").split():
+                if key not in CONFIG_KEYS.get(section, ()):
                     raise ValueError
                 if value.strip("'\""):
                     config[section][key] = value.strip("'\"")
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}: see dl.cfg.example") from None
     except (configparser.Error, ValueError):
-        known = " and ".join(f"[{name}] {keys}" for name, keys in CONFIG_KEYS.items())
-        raise SettingsError(
-            f"{path}: write each key once, as KEY = VALUE, under its section: {known}"
-        ) from None
+        known = [f"[{name}] {' '.join(keys)}" for name, keys in CONFIG_KEYS.items()]
+        hint = f"write each key once, as KEY = VALUE, under {' or '.join(known)}"
+        raise SettingsError(f"{path}: {hint}") from None
     return config
 
 
@@ -1130,16 +1023,6 @@ def to_uri(path: str) -> str:
     return re.sub("(?<!:)(?<!:/)/+", "/", path).rstrip("/")
 
 
-def check_apart(source: str, lake: str) -> None:
-    """Raises SettingsError where a run would write into INPUT or read its own files."""
-    real = [os.path.realpath(re.sub("^file:", "", uri)) + "/" for uri in (source, lake)]
-    parts = tuple(f"{real[0]}{part}/" for part, _ in SOURCES.values())
-    own = (*TABLES, "_staging", "_rejected", "_reports")
-    reads_own = real[0].startswith(tuple(f"{real[1]}{name}/" for name in own))
-    if real[0] == real[1] or real[1].startswith(parts) or reads_own:
-        raise SettingsError(f"INPUT {source} and OUTPUT {lake} overlap: move one")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code: 0 published, 1 failed, 2 wrong settings."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%X")
@@ -1150,16 +1033,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     secrets: list[str] = []
     try:
         settings = parse_settings(argv)
-        secrets = [settings.aws.get(key, "") for key in AWS_KEYS.split()[:3]]
+        secrets = [settings.aws.get(key, "") for key in tuple(S3A_KEYS)[:3]]
         print(format_report(run(settings)))
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         text = f"etl.py: error: {explain(error)}"
         if "--debug" in (sys.argv if argv is None else argv):
             text = traceback.format_exc() + text
-        for secret in secrets:
-            if len(secret) >= 16:  # AWS has no shorter ones.
-                text = text.replace(secret, "***")
+        for secret in (of for of in secrets if len(of) >= 16):  # AWS has no shorter.
+            text = text.replace(secret, "***")
         print(text, file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
 

@@ -36,7 +36,7 @@ def spark() -> Iterator[SparkSession]:
     flags = ["--config", os.devnull, "--output", "s3a://any-bucket/lake"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYSPARK_SUBMIT_ARGS", QUICK_SPARK)
-        session = etl.start_spark(etl.parse_settings(flags))
+        session = etl.start_spark(etl.parse_settings(flags), {})
     yield session
     session.stop()
 
@@ -79,21 +79,23 @@ def run_etl(
 
 
 def read_files(
-    spark: SparkSession, folder: Path, files: Mapping[str, str | bytes], schema: str
+    spark: SparkSession, folder: Path, files: Mapping[str, str | bytes], kind: str
 ) -> DataFrame:
-    """The records of some files, by their paths below a folder, which are written first."""
+    """The records of some songs' or events' files, by their paths, which are written."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        path = folder / etl.SOURCES[kind][0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
-        (folder / name).write_bytes(data)
-    return etl.read_records(spark, etl.to_uri(str(folder)), schema)
+        path.write_bytes(data)
+    records = etl.read_records(spark, etl.to_uri(str(folder)), kind)
+    return records.drop(*etl.SOURCES[kind][3].folders)
 
 
 def by_file(records: DataFrame, folder: Path) -> dict[str, list[Row]]:
     """Records as read from a folder, by the path of their file from there."""
     found: dict[str, list[Row]] = {}
     for row in records.collect():
-        _, _, name = unquote(row.source_file).partition(f"{folder}/")
+        _, _, name = unquote(row.source_file).partition("_data/")
         found.setdefault(name, []).append(row)
     return found
 

@@ -115,18 +115,11 @@ def test_java_that_does_not_run_is_one_line_that_says_which_to_install(
         ("--input=s3a://", "'s3a://'"),
         ("--max-rejected=2", "--max-rejected 2.0 is not"),
         ("--max-rejected=nan", "--max-rejected nan is not"),
-        ("--input=in --output=in", "overlap"),
-        ("--input=in --output=link/log_data", "overlap"),
-        ("--input=lake/songs/in --output=lake", "overlap"),
-        ("--input=link/time --output=in", "overlap"),
-        ("--input=s3a://bucket/in --output=s3://bucket/in/", "overlap"),
-        ("--input=s3a://bucket/in --output=s3a://bucket/in/log_data/x", "overlap"),
     ],
 )
 def test_wrong_flag_is_refused(
     flags: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("link").symlink_to("in")
     assert reason in failure(capsys, 2, *flags.split())
 
 
@@ -358,7 +351,7 @@ def test_run_leaves_the_callers_session_and_process_as_they_are(
 
 def test_terminal_shows_the_jobs_own_lines_and_sparks_progress_bar(cwd: Path) -> None:
     terminal, end = pty.openpty()
-    line = [sys.executable, str(ROOT / "etl.py"), "--input=in"]
+    line = [sys.executable, str(ROOT / "etl.py")]
     environ = {**os.environ, "PYSPARK_SUBMIT_ARGS": QUICK_SPARK}
     job = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=end, env=environ)
     os.close(end)
@@ -375,6 +368,6 @@ def test_terminal_shows_the_jobs_own_lines_and_sparks_progress_bar(cwd: Path) ->
     assert [line for line in lines if not STEP.fullmatch(line)] == []
     steps = " ".join(lines)
     assert re.search("start.* read.* build.* check.* publish", steps), steps
-    assert "\nsongplays            1 " in report
-    assert {path.name for path in (cwd / "lake").iterdir()} == {*etl.TABLES, "_reports"}
+    assert "744  rows of songplays" in report
+    assert (cwd / "lake/_reports").is_dir()
     assert sorted(path.name for path in cwd.iterdir()) == ["dl.cfg", "in", "lake"]

@@ -13,10 +13,9 @@ from conftest import by_file, read_files
 from makers import Record, play, song, to_json
 from pyspark.sql import Row, SparkSession
 
-import etl
-
 Content = Union[str, bytes]
 NOT_JSON, WRONG_TYPE, NOT_UTF8 = "not JSON", "value of the wrong type", "not UTF-8"
+SMALL = 2**20  # bytes of a local file that is read whole
 
 
 def line(record: Record, **texts: str | None) -> str:
@@ -134,10 +133,10 @@ BAD_EVENTS = {
 
 @pytest.mark.parametrize("way", ["whole", "by line"])
 @pytest.mark.parametrize(
-    ("record", "good", "bad", "schema", "name"),
+    ("record", "good", "bad", "kind", "name"),
     [
-        (song(), GOOD_SONGS, BAD_SONGS, etl.SONG_SCHEMA, "artist_location"),
-        (play(), GOOD_EVENTS, BAD_EVENTS, etl.EVENT_SCHEMA, "location"),
+        (song(), GOOD_SONGS, BAD_SONGS, "songs", "artist_location"),
+        (play(), GOOD_EVENTS, BAD_EVENTS, "events", "location"),
     ],
     ids=["songs", "events"],
 )
@@ -145,7 +144,7 @@ def test_a_record_is_loaded_as_it_is_or_rejected_with_its_reason_and_text(
     record: Record,
     good: dict[str, Values],
     bad: dict[str, str],
-    schema: str,
+    kind: str,
     name: str,
     way: str,
     spark: SparkSession,
@@ -157,7 +156,7 @@ def test_a_record_is_loaded_as_it_is_or_rejected_with_its_reason_and_text(
     alone = {f"{n}.json": text for n, text in enumerate(texts)}
     together = {"all.json.gz": gzip.compress("\n".join(texts).encode())}
     files = alone if way == "whole" else together
-    rows = read_files(spark, tmp_path, files, schema).drop("source_file").collect()
+    rows = read_files(spark, tmp_path, files, kind).drop("source_file").collect()
     loaded = {row[name]: row.asDict() for row in rows if row.reason is None}
     none = {"reason": None, "raw": None}
     assert loaded == {
@@ -261,7 +260,7 @@ def records(
     folder = tmp_path_factory.mktemp("odd") / "100% [a-z] {b,c} d* #1+é=%20"
     files = {name: content for name, (content, _, _) in FILES.items()}
     files.update(dict.fromkeys(IGNORED, A))
-    return by_file(read_files(spark, folder, files, etl.SONG_SCHEMA), folder)
+    return by_file(read_files(spark, folder, files, "songs"), folder)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -284,9 +283,9 @@ def test_pretty_printing_is_rejected_line_by_line_where_a_file_is_not_read_whole
     name: str, spark: SparkSession, tmp_path: Path
 ) -> None:
     content = f"{PRETTY}\n{A}\n".encode()
-    blank = b" " * etl.SMALL_FILE
+    blank = b" " * SMALL
     packed = gzip.compress(content) if name.endswith("gz") else content + blank
-    rows = read_files(spark, tmp_path, {name: packed}, etl.SONG_SCHEMA).collect()
+    rows = read_files(spark, tmp_path, {name: packed}, "songs").collect()
     lines = [text.strip(" ,") for text in PRETTY.split("\n")]
     rejected = [(row.reason, row.raw) for row in rows if row.reason is not None]
     assert sorted(rejected) == sorted((NOT_JSON, text) for text in lines)
@@ -302,7 +301,7 @@ def test_a_record_cut_between_two_tasks_is_read_once(
     session = spark.newSession()
     session.conf.set("spark.sql.files.maxPartitionBytes", "64kB")
     files = {"a.json": "\r\n".join(texts)}
-    found = read_files(session, tmp_path, files, etl.SONG_SCHEMA)
+    found = read_files(session, tmp_path, files, "songs")
     assert found.rdd.getNumPartitions() > 15
     assert sorted(row.song_id for row in found.collect()) == sorted(ids)
     assert found.where("reason IS NOT NULL").count() == 0
@@ -318,12 +317,12 @@ def test_a_large_gz_with_its_last_line_cut_off_is_read_by_line(
         for n in range(9000)
     ]
     packed = gzip.compress("\n".join(texts)[:-9].encode())
-    assert len(packed) > 1.5 * etl.SMALL_FILE
+    assert len(packed) > 1.5 * SMALL
     session = spark.newSession()
     # Reading a file of this size whole is an error now.
-    session.conf.set("spark.sql.sources.binaryFile.maxLength", etl.SMALL_FILE)
+    session.conf.set("spark.sql.sources.binaryFile.maxLength", SMALL)
     files = {"a.json.gz": packed}
-    rows = read_files(session, tmp_path, files, etl.SONG_SCHEMA).collect()
+    rows = read_files(session, tmp_path, files, "songs").collect()
     assert [row.raw for row in rows if row.reason] == [texts[-1][:-9]]
     loaded = sorted(row.song_id for row in rows if not row.reason)
     assert loaded == sorted(f"S{n}" for n in range(8999))
@@ -334,7 +333,7 @@ def test_a_gz_without_its_end_is_an_error_that_names_it(
 ) -> None:
     files = {"broken.json.gz": gzip.compress(A.encode())[:-12]}
     with pytest.raises(Exception, match=r"broken\.json\.gz"):
-        read_files(spark, tmp_path, files, etl.SONG_SCHEMA).collect()
+        read_files(spark, tmp_path, files, "songs").collect()
 
 
 def test_dirt_takes_no_second_pass_and_no_python(
@@ -343,7 +342,7 @@ def test_dirt_takes_no_second_pass_and_no_python(
     nested = line(song(), unknown='{"a": [{"b": 1}]}')
     files = {"a.json": f"{nested}\n[{A}]", "b.json.gz": gzip.compress(b"foo")}
     spark.sparkContext.setJobGroup("reading", "")
-    found = read_files(spark, tmp_path, files, etl.SONG_SCHEMA)
+    found = read_files(spark, tmp_path, files, "songs")
     jobs = spark.sparkContext.statusTracker().getJobIdsForGroup("reading")
     assert not list(jobs)
     plan = found._jdf.queryExecution().executedPlan().toString()

@@ -184,19 +184,6 @@ def test_plays_find_their_song_and_artist(tables: Tables) -> None:
     assert sorted(found, key=repr) == sorted(matches.items(), key=repr)
 
 
-def test_plays_delivered_twice_or_at_one_moment(tables: Tables) -> None:
-    found = [(play["start_time"], play["user_id"]) for play in tables["songplays"]]
-    assert [user for time, user in found if time == at(1543535435874)] == ["1"]
-    moment = at(1543493640796)
-    assert sorted(user for time, user in found if time == moment) == ["93", "94"]
-    assert sum(row["start_time"] == moment for row in tables["time"]) == 1
-
-
-def test_levels_of_plays_are_those_before_the_upgrade(tables: Tables) -> None:
-    plays = tables["songplays"]
-    assert {play["level"] for play in plays if play["user_id"] == "92"} == {"free"}
-
-
 def test_a_second_run_leaves_the_same_rows_and_foreign_files_alone(
     lake: Path, tables: Tables, spark: SparkSession
 ) -> None:
