@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import hashlib
 import json
 import logging
 import os
@@ -19,15 +20,18 @@ import sys
 import threading
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from glob import escape, glob
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 if not find_spec("pyspark"):  # A node of EMR has pyspark below its Spark home only.
     home = os.environ.setdefault("SPARK_HOME", "/usr/lib/spark")
@@ -66,7 +70,7 @@ class Table:
     order: tuple[str, ...]
 
 
-MONTH = ("year", "month")
+MONTH, MONTH_ID = ("year", "month"), "year * 100 + month"
 TABLES = {
     "songplays": Table("songplay_id", MONTH, ("start_time",)),
     "users": Table("user_id", (), ("user_id",)),
@@ -107,11 +111,12 @@ IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
     AND sessionId IS NOT NULL"""
 HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
 # What is read: a folder of INPUT, its fields, their faults, how typed records are kept.
-PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
+SONG, PLAY = "song_id", f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
 SOURCES = {
-    "songs": ("song_data", SONG_SCHEMA, SONG_FAULT, Table("song_id", (), ("song_id",))),
+    "songs": ("song_data", SONG_SCHEMA, SONG_FAULT, Table(SONG, (), ("song_id",))),
     "events": ("log_data", EVENT_SCHEMA, EVENT_FAULT, Table(PLAY, MONTH, ("ts",))),
 }
+LATEST_EVENTS = Table("userId", MONTH, ("userId",))  # of each user in each month
 
 
 # --- Read -----------------------------------------------------------------------------
@@ -127,18 +132,37 @@ ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
 ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order mark.
 
 
-def read_texts(spark: SparkSession, folder: str) -> DataFrame:
-    """The texts of the *.json and *.json.gz files below a folder: a small local file is
-    one, else a line is one. Out: source_file (a URL-encoded URI), text string."""
+def open_files(spark: SparkSession, folder: str, kind: str = "text") -> DataFrame:
+    """The lines, value string, of the *.json and *.json.gz files below a folder, which
+    are listed now; or their bytes, content binary, where the kind is binaryFile."""
     files = spark.read.option("pathGlobFilter", "*.{json,json.gz}")
-    files = files.option("recursiveFileLookup", True)
+    return files.option("recursiveFileLookup", True).format(kind).load(literal(folder))
+
+
+def list_files(lines: DataFrame) -> dict[str, list[int]]:
+    """The bytes and the time of change (ms) of each file of an input, by Hadoop's name."""
+    index = lines._jdf.queryExecution().analyzed().relation().location()
+    status = r"path=(.*); isDirectory=false; length=(\d+);.* modification_time=(\d+);"
+    found = re.findall(status, index.allFiles().mkString("\n"))
+    return {name: [int(size), int(changed)] for name, size, changed in found}
+
+
+def is_of(files: Iterable[str]) -> Column:
+    """True where source_file is one of some files, which are given by Hadoop's names."""
+    quoted = (re.sub(r"(['\\])", r"\\\1", name) for name in files)
+    names = ", ".join(f"'{name}'" for name in ("", *quoted))
+    return F.expr(f"url_decode(replace(source_file, '+', '%2B')) IN ({names})")
+
+
+def read_texts(lines: DataFrame, folder: str) -> DataFrame:
+    """The texts of an input's files: a small local file is one, else a line is one. Out:
+    source_file (a URL-encoded URI), text string."""
     path = F.col("_metadata.file_path").alias("source_file")
-    lines = files.text(literal(folder))
     if not folder.startswith("file:"):  # A whole object would cost S3 one request more.
         return lines.select(path, F.col("value").alias("text"))
     # Reading by line costs Hadoop a copy of its settings for each file.
     is_small = (F.col("_metadata.file_size") <= 2**20) & ~path.endswith(".gz")
-    whole = files.format("binaryFile").load(literal(folder)).where(is_small)
+    whole = open_files(lines.sparkSession, folder, "binaryFile").where(is_small)
     whole = whole.select(path, F.col("content").cast("string").alias("text"))
     return whole.unionAll(lines.where(~is_small).select(path, "value"))
 
@@ -189,13 +213,17 @@ def split_text(text: Column) -> Column:
     return F.when(is_one, F.array(text)).otherwise(F.coalesce(values, pieces))
 
 
-def read_records(spark: SparkSession, uri: str, kind: str) -> DataFrame:
-    """The typed records, good or bad, of INPUT's songs or events. A blank string is
-    null; a value of the wrong type makes a bad record. Out: SONG_SCHEMA, or EVENT_SCHEMA
-    and year, month int of ts, 0 where it isn't valid; source_file string; reason string,
-    why a record is bad; raw string, its text (as ISO-8859-1 if it isn't UTF-8)."""
-    part, schema, rules, layout = SOURCES[kind]
-    raw, texts = F.col("raw"), read_texts(spark, f"{uri}/{part}")
+def read_records(
+    kind: str, lines: DataFrame, folder: str, files: Iterable[str] | None = None
+) -> DataFrame:
+    """The typed songs or events, good or bad, of the files below a folder, or of some of
+    them. A blank string is null; a value of the wrong type makes a bad record. Out:
+    SONG_SCHEMA or EVENT_SCHEMA; source_file string; reason string, why a record is bad;
+    raw string, its text (as ISO-8859-1 if it isn't UTF-8); year, month int of an
+    event's ts, 0 where it isn't valid."""
+    _, schema, rules, layout = SOURCES[kind]
+    raw, texts = F.col("raw"), read_texts(lines, folder)
+    texts = texts if files is None else texts.where(is_of(files))
     # An inner explode would make Spark split each text twice, to see if it is empty.
     pieces = texts.withColumn("raw", F.explode_outer(split_text(F.col("text"))))
     pieces = pieces.withColumn("raw", trim(raw)).where(raw != "")
@@ -222,9 +250,9 @@ def read_records(spark: SparkSession, uri: str, kind: str) -> DataFrame:
         .withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
         .drop("fault")
     )
-    for folder in layout.folders:  # year and month
-        value = f"if({HAS_TIME}, {folder}(timestamp_millis(ts)), 0)"
-        records = records.withColumn(folder, F.expr(value))
+    for column in layout.folders:  # year and month
+        value = f"if({HAS_TIME}, {column}(timestamp_millis(ts)), 0)"
+        records = records.withColumn(column, F.expr(value))
     return records
 
 
@@ -263,16 +291,21 @@ def build_users(events: DataFrame) -> DataFrame:
     """One row a user id of any event, as the user's latest event describes the user; of
     several at that moment the one of the highest itemInSession.
     In: EVENT_SCHEMA. Out: user_id, first_name, last_name, gender, level string."""
+    return find_latest(events, "userId").selectExpr(
+        "userId AS user_id",
+        "firstName AS first_name",
+        "lastName AS last_name",
+        "gender",
+        "level",
+    )
+
+
+def find_latest(events: DataFrame, *key: str) -> DataFrame:
+    """The latest event of each key, which has userId: what describes the user."""
     order = "ts, itemInSession, sessionId, firstName, lastName, gender, level"
     latest = F.expr(f"max(struct({order})) AS latest")
-    users = events.where("userId IS NOT NULL").groupBy("userId").agg(latest)
-    return users.selectExpr(
-        "userId AS user_id",
-        "latest.firstName AS first_name",
-        "latest.lastName AS last_name",
-        "latest.gender",
-        "latest.level",
-    )
+    events = events.where("userId IS NOT NULL").groupBy(*key).agg(latest)
+    return events.select(*key, "latest.*")
 
 
 def build_time(events: DataFrame) -> DataFrame:
@@ -348,106 +381,216 @@ def look_up_songs(songs: DataFrame) -> tuple[DataFrame, DataFrame]:
 
 
 def write_files(rows: DataFrame, folder: str, table: Table) -> None:
-    """Writes rows as Parquet below a folder, in few files of even size."""
+    """Adds rows as Parquet to a folder, in few files of even size."""
     # DataFrame.hint takes no columns before Spark 4.
     hint = f"REBALANCE({', '.join(table.folders)})" if table.folders else "REBALANCE"
     sized = rows.sparkSession.sql(f"SELECT /*+ {hint} */ * FROM {{rows}}", rows=rows)
     ordered = sized.sortWithinPartitions(*table.folders, *table.order)
-    ordered.write.partitionBy(*table.folders).parquet(folder)
+    ordered.write.mode("append").partitionBy(*table.folders).parquet(folder)
 
 
-def check_tables(spark: SparkSession, root: str, due: dict[str, int]) -> dict[str, int]:
-    """Checks the five tables as written below a folder; returns the rows of each.
-    Raises RunError unless each has rows, as many as are due, every primary key is
-    unique and not null, and every foreign key that isn't null finds its row."""
+def check_tables(tables: dict[str, DataFrame], due: dict[str, int]) -> dict[str, int]:
+    """Checks the five tables as written; returns the rows of each. Raises RunError
+    unless each has as many as are due, every primary key is unique and not null, and
+    every foreign key that isn't null finds its row."""
     queries = []
     for name, table in TABLES.items():
-        spark.read.parquet(literal(f"{root}/{name}")).createOrReplaceTempView(name)
+        tables[name].createOrReplaceTempView(name)
         figures = f"count(*), count(DISTINCT {table.key}), ''"
         queries.append(f"SELECT '{name}', {figures} FROM {name}")
     for name, column, owner in FOREIGN_KEYS:
         lost = f"'{name}: no row of {owner} for {column} ' || min({column})"
         join = f"{owner} ON {name}.{column} = {owner}.{TABLES[owner].key}"
         queries.append(f"SELECT '', 0, 0, {lost} FROM {name} LEFT ANTI JOIN {join}")
-    found = spark.sql(" UNION ALL ".join(queries)).collect()
-    for name, rows, keys, lost in found:
+    spark = tables["songplays"].sparkSession
+    for name, rows, keys, lost in spark.sql(" UNION ALL ".join(queries)).collect():
         if lost:
             raise RunError(f"check failed: {lost}")
-        if name and not 0 < rows == keys == due.get(name, rows):
+        due.setdefault(name, rows)
+        if name and not rows == keys == due[name]:
             fault = f"{rows:,} rows, {keys:,} different {TABLES[name].key}"
-            wanted = f"{due.get(name, rows):,} due"
-            raise RunError(f"check failed: {name}: {fault}, {wanted}")
-    return {name: rows for name, rows, *_ in found if name}
+            raise RunError(f"check failed: {name}: {fault}, {due[name]:,} due")
+    return {name: due[name] for name in TABLES}
 
 
 # --- Run ------------------------------------------------------------------------------
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """A whole run: reads, builds, checks, publishes. Returns its report, which is in
-    OUTPUT/_reports/, too. Raises SettingsError for wrong settings, RunError or what
-    Spark raises for the rest: the tables are as they were, unless the error says more.
-    """
+    """A whole run: reads what is new, builds, checks, publishes. Returns its report,
+    which is in OUTPUT/_reports/, too; an empty one where nothing is new. Raises
+    SettingsError for wrong settings, RunError or what Spark raises for the rest: the
+    tables are as they were, unless the error says more."""
     sizes = preflight(settings)
     log.info("starting Spark")
     spark = start_spark(settings, sizes)
     lake = open_lake(spark, settings.output)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     with claimed(lake, run_id, settings.break_lock) as staging:
-        folder = f"{lake.root}/{staging}"
-        log.info("reading %s", settings.input)
-        records = stage_records(spark, settings.input, folder)
-        counts = {kind: count_records(kind, of) for kind, of in records.items()}
-        if any(of["rejected"] for of in counts.values()):
-            stage_rejected(records, f"{folder}/_rejected/{run_id}")
-        if fault := find_fault(counts, settings):
-            publish(lake, staging, tables=())
-            raise RunError(fault)
-        log.info("building the tables")
-        stage_tables(records, folder)
-        log.info("checking the tables")
-        distinct = (counts[kind]["distinct"] for kind in SOURCES)
-        rows = check_tables(spark, folder, dict(zip(("songs", "songplays"), distinct)))
-        found = ("count(song_id) AS with_song", "count(artist_id) AS with_artist")
-        plays = spark.table("songplays").selectExpr(*found).first().asDict()
-        report = {"run": run_id, "input": settings.input, "output": settings.output}
-        report.update(records=counts, tables=rows, plays=plays)
-        lake.write(f"{staging}/_reports/{run_id}.json", json.dumps(report, indent=2))
-        log.info("publishing to %s", settings.output)
-        publish(lake, staging, tables=TABLES)
+        known = load_manifest(lake, settings)
+        news = [find_news(lake, settings.input, kind, known[kind]) for kind in SOURCES]
+        if any(of.gone or not of.known for of in news):
+            report = update(lake, staging, news, settings)
+        else:
+            report = {}
+            log.info("nothing is new: the lake stays as it is")
     if settings.database:
         log.info("registering the tables in %s", settings.database)
         register_tables(spark, lake, settings.database)
     return report
 
 
-def stage_records(spark: SparkSession, uri: str, folder: str) -> dict[str, DataFrame]:
-    """The records of INPUT by kind, good or bad. They are parsed once: into Parquet
-    below folder/_records/, events by year and month, where 0 is of no valid ts."""
-    parsed = [read_records(spark, uri, kind) for kind in SOURCES]
-    places = [f"{folder}/_records/{kind}" for kind in SOURCES]
+def load_manifest(lake: Lake, settings: Settings) -> dict[str, dict[str, Any]]:
+    """What the lake's manifest has of each file whose records the lake holds, by kind.
+    Where it can't be relied on, nothing is known, which makes a full run."""
+    names = [name for name in lake.files("_records") if "/_manifest-" in name]
+    manifest: dict[str, Any] = {}
+    with suppress(ValueError):
+        manifest = json.loads(lake.read(names[0])) if names else {}
+    reasons = {
+        "as told by --full or --break-lock": settings.full or settings.break_lock,
+        "the lake has no manifest": not names,
+        "the manifest is damaged or not the only one": not manifest or names[1:],
+        "INPUT is another": manifest.get("input") != settings.input,
+        "etl.py has changed": manifest.get("script") != hash_script(),
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        log.info("a full run: %s", why)
+        return {kind: {} for kind in SOURCES}
+    return manifest["files"]
+
+
+def hash_script() -> str:
+    """The SHA-256 of this script, since another one may make other records."""
+    with open(__file__, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class News:
+    """What is new in INPUT's songs or events. Files are named as Hadoop lists them."""
+
+    kind: str
+    folder: str
+    lines: DataFrame  # of all files in it
+    states: dict[str, list[int]]  # the bytes and the time of change of each file
+    known: dict[str, Any]  # what the manifest has of each file of the lake
+    gone: set[str]  # new, changed and missing files, whose old records go
+
+
+def find_news(lake: Lake, uri: str, kind: str, known: dict[str, Any]) -> News:
+    """Compares INPUT's files with the known ones."""
+    folder = f"{uri}/{SOURCES[kind][0]}"
+    lines = open_files(lake.spark, folder)
+    states = list_files(lines)
+    before = {name: of["state"] for name, of in known.items()}
+    names = states.keys() | before.keys()
+    gone = {name for name in names if states.get(name) != before.get(name)}
+    counts = f"{len(gone - before.keys()):,} new, {len(gone & before.keys()):,} changed"
+    log.info("%s or missing files in %s", counts, folder)
+    return News(kind, folder, lines, states, known, gone)
+
+
+def update(
+    lake: Lake, staging: str, news: list[News], settings: Settings
+) -> dict[str, Any]:
+    """Reads what is new; builds, checks and publishes what changes with it. Returns the
+    run's report."""
+    run_id, folder = staging.split("/")[1], f"{lake.root}/{staging}"
+    log.info("reading %s", settings.input)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(write_files, parsed, places, (of[-1] for of in SOURCES.values())))
-    staged = zip((spark.read.schema(of.schema) for of in parsed), places)
-    return dict(zip(SOURCES, (of.parquet(literal(place)) for of, place in staged)))
+        songs, events = pool.map(partial(stage_records, lake, staging), news)
+    files = {"songs": songs.files, "events": events.files}
+    counts = {kind: sum_up(of) for kind, of in files.items()}
+    stage_rejected(songs.staged, events.staged, f"{folder}/_rejected/{run_id}")
+    if fault := find_fault(counts, settings):
+        lake.delete(f"{staging}/_records", recursive=True)
+        publish(lake, staging, replaced=())
+        raise RunError(fault)
+    log.info("building the tables")
+    tables, due = stage_tables(lake, staging, songs, events)
+    log.info("checking the tables")
+    rows = check_tables(tables, due)
+    found = ("count(song_id) AS with_song", "count(artist_id) AS with_artist")
+    plays = tables["songplays"].selectExpr(*found).first().asDict()
+    report = {"run": run_id, "input": settings.input, "output": settings.output}
+    report.update(records=counts, tables=rows, plays=plays)
+    lake.write(f"{staging}/_reports/{run_id}.json", json.dumps(report, indent=2))
+    manifest = {"input": settings.input, "script": hash_script(), "files": files}
+    lake.write(f"{staging}/_records/_manifest-{run_id}.json", json.dumps(manifest))
+    log.info("publishing to %s", settings.output)
+    publish(lake, staging, find_replaced(lake, songs, events))
+    return report
 
 
-def count_records(kind: str, records: DataFrame) -> dict[str, Any]:
-    """How many records are read and, by reason, rejected; how many distinct songs or
-    plays the good ones are."""
-    figures = (F.count("*"), F.count_distinct(F.expr(SOURCES[kind][-1].key)))
-    counts = {of[0]: of[1:] for of in records.groupBy("reason").agg(*figures).collect()}
-    read = sum(count for count, _ in counts.values())
-    _, distinct = counts.pop(None, (0, 0))
-    rejected = {reason: count for reason, (count, _) in sorted(counts.items())}
-    return {"read": read, "rejected": rejected, "distinct": distinct}
+@dataclass(frozen=True)
+class Records:
+    """The typed songs or events, good or bad, of INPUT."""
+
+    staged: DataFrame  # of the months, as year * 100 + month, of which some are new
+    months: list[int]
+    rest: DataFrame  # of the other months, as the lake has them
+    files: dict[str, Any]  # the manifest's: their states, counts by month and reason
+    is_full: bool  # nothing was known
 
 
-def stage_rejected(records: dict[str, DataFrame], folder: str) -> None:
-    """Writes the bad records as JSON lines: source_file, reason, raw."""
-    bad = (of.where("reason IS NOT NULL") for of in records.values())
-    songs, events = (of.select("source_file", "reason", "raw") for of in bad)
-    songs.unionAll(events).repartitionByRange("source_file").write.json(folder)
+def stage_records(lake: Lake, staging: str, news: News) -> Records:
+    """Stages the records of all months in which some change: those of new and changed
+    files, which are parsed once, and those of other files, which the lake has."""
+    layout, place = SOURCES[news.kind][-1], f"{staging}/_records/{news.kind}"
+    names = news.states.keys() & news.gone
+    wanted = names if news.known else None
+    fresh = read_records(news.kind, news.lines, news.folder, wanted)
+    fresh = stage(lake, fresh, place, layout) if names else fresh.where("false")
+    gone = [of for name, of in news.known.items() if name in news.gone]
+    files = {name: of for name, of in news.known.items() if name not in news.gone}
+    new = {name: {"state": news.states[name], "counts": []} for name in names}
+    good = F.expr(f"count(if(reason IS NULL, {layout.key}, null))")
+    month = F.expr(MONTH_ID) if layout.folders else F.lit(0)
+    counts = fresh.withColumn("id", month).groupBy("source_file", "id", "reason")
+    for file, *figures in counts.agg(F.count("*"), good).collect():
+        # A file that has come since the listing has no state, so the next run reads it.
+        of = new.setdefault(unquote(file), {"state": None, "counts": []})
+        of["counts"].append(figures)
+    months = sorted({of[0] for file in [*gone, *new.values()] for of in file["counts"]})
+    is_new, staged, rest = month.isin([-1, *months]), fresh, fresh.where("false")
+    if news.known:
+        known = read_back(lake, f"_records/{news.kind}", fresh)
+        kept, rest = known.where(is_new & ~is_of(news.gone)), known.where(~is_new)
+        staged = stage(lake, kept, place, layout) if months else fresh
+    return Records(staged, months, rest, {**files, **new}, not news.known)
+
+
+def stage(lake: Lake, rows: DataFrame, name: str, table: Table) -> DataFrame:
+    """Adds rows to a folder of the lake; gives all that are there then."""
+    write_files(rows, f"{lake.root}/{name}", table)
+    if not lake.fs.exists(lake.path(name)):  # There was no row.
+        lake.fs.mkdirs(lake.path(name))
+    return read_back(lake, name, rows)
+
+
+def read_back(lake: Lake, name: str, like: DataFrame) -> DataFrame:
+    """The rows below a folder of the lake, which has the columns of others."""
+    files = lake.spark.read.schema(like.schema)
+    return files.parquet(literal(f"{lake.root}/{name}"))
+
+
+def sum_up(files: dict[str, Any]) -> dict[str, Any]:
+    """How many records some files have, which are rejected, which are songs or plays."""
+    counts = [of for file in files.values() for of in file["counts"]]
+    rejected: Counter[str] = Counter()
+    for _, reason, read, _ in counts:
+        rejected.update({reason: read} if reason else {})
+    read, good = (sum(of[n] for of in counts) for n in (2, 3))
+    return {"read": read, "rejected": dict(sorted(rejected.items())), "good": good}
+
+
+def stage_rejected(songs: DataFrame, events: DataFrame, folder: str) -> None:
+    """Writes the bad records, if any, as JSON lines: source_file, reason, raw."""
+    columns = ("source_file", "reason", "raw")
+    bad = songs.select(*columns).unionAll(events.select(*columns))
+    if (bad := bad.where("reason IS NOT NULL")).head(1):
+        bad.repartitionByRange("source_file").write.json(folder)
 
 
 def find_fault(counts: dict[str, dict[str, Any]], settings: Settings) -> str | None:
@@ -460,24 +603,58 @@ def find_fault(counts: dict[str, dict[str, Any]], settings: Settings) -> str | N
         place = f"see {settings.output}/_rejected ({hint})"
         return f"{bad:,} of {read:,} records are bad, over {limit}: {place}"
     for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
-        if not counts[kind]["distinct"]:
+        if not counts[kind]["good"]:
             return f"no {what} in {settings.input}/{SOURCES[kind][0]}: check --input"
     return None
 
 
-def stage_tables(records: dict[str, DataFrame], folder: str) -> None:
-    """Builds the five tables of the good records and writes them below a folder."""
-    songs, events = (records[kind].where("reason IS NULL") for kind in SOURCES)
+def stage_tables(
+    lake: Lake, staging: str, songs: Records, events: Records
+) -> tuple[dict[str, DataFrame], dict[str, int]]:
+    """Stages the tables that change: of some months or, where songs change, all. Gives
+    the five tables as the lake will have them and how many rows are due."""
+    good = "reason IS NULL"
+    latest = find_latest(events.staged.where(good), "userId", *MONTH)
+    latest = stage(lake, latest, f"{staging}/_records/users", LATEST_EVENTS)
+    if not events.is_full:
+        others = ~F.expr(MONTH_ID).isin([-1, *events.months])
+        known = read_back(lake, "_records/users", latest)
+        latest = latest.unionByName(known.where(others))
+    all_songs = songs.staged.unionByName(songs.rest).where(good)
+    plays = events.staged.unionByName(events.rest) if songs.months else events.staged
+    plays = plays.where(good)
     tables = {
-        "songplays": build_songplays(events, songs),
-        "users": build_users(events),
-        "songs": build_songs(songs),
-        "artists": build_artists(songs),
-        "time": build_time(events),
+        "songplays": build_songplays(plays, all_songs),
+        "users": build_users(latest),
+        "songs": build_songs(all_songs),
+        "artists": build_artists(all_songs),
+        "time": build_time(plays),
     }
-    places = (f"{folder}/{name}" for name in TABLES)
+
+    def stage_table(name: str) -> DataFrame:
+        if name in ("songs", "artists") and not songs.months:
+            return read_back(lake, name, tables[name])
+        return stage(lake, tables[name], f"{staging}/{name}", TABLES[name])
+
     with ThreadPoolExecutor() as pool:
-        list(pool.map(write_files, tables.values(), places, TABLES.values()))
+        staged = dict(zip(TABLES, pool.map(stage_table, TABLES)))
+    keys = {"songplays": plays.selectExpr(PLAY)}
+    if songs.months:
+        keys["songs"] = all_songs.select(SONG)
+    return staged, {of: key.dropna().distinct().count() for of, key in keys.items()}
+
+
+def find_replaced(lake: Lake, songs: Records, events: Records) -> list[str]:
+    """The lake's files in whose place others come."""
+    starts = ["users/", "_records/_manifest-"]
+    if songs.months:
+        starts += ["songplays/", "songs/", "artists/", "time/", "_records/songs/"]
+    for month in events.months:
+        folder = f"year={month // 100}/month={month % 100}/"
+        tables = ("songplays", "time", "_records/events", "_records/users")
+        starts += [f"{table}/{folder}" for table in tables]
+    names = (of for folder in (*TABLES, "_records") for of in lake.files(folder))
+    return [of for of in names if events.is_full or of.startswith(tuple(starts))]
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -504,7 +681,8 @@ def explain(error: BaseException) -> str:
 
 LEASE = 90  # seconds without a sign of life after which a run counts as dead
 HEARTBEAT = 15  # seconds between two signs of life
-OWN_FILE = re.compile(r"(.*/)?part-[^/]*\.parquet")  # what a run writes into a table
+# What a run writes into a table or its records.
+OWN_FILE = re.compile(r"(.*/)?part-[^/]*\.parquet|_records/_manifest-[^/]*\.json")
 
 
 @dataclass(frozen=True)
@@ -512,6 +690,7 @@ class Lake:
     """OUTPUT as Hadoop's FileSystem `fs` serves it. Names are paths below `root`."""
 
     root: str
+    spark: SparkSession
     fs: Any
     path_class: Any  # Looking it up by its name costs Java five calls.
 
@@ -569,7 +748,7 @@ def open_lake(spark: SparkSession, root: str) -> Lake:
     """The lake at a URI."""
     path_class = spark._jvm.org.apache.hadoop.fs.Path
     hadoop = spark._jsc.hadoopConfiguration()
-    return Lake(root, path_class(root).getFileSystem(hadoop), path_class)
+    return Lake(root, spark, path_class(root).getFileSystem(hadoop), path_class)
 
 
 @contextmanager
@@ -627,7 +806,7 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
         journal = f"{other}/_journal.json"
         try:
             if lake.fs.exists(lake.path(journal)):
-                places = (other, *TABLES, "_rejected", "_reports")
+                places = (other, *TABLES, "_records", "_rejected", "_reports")
                 there = {name for place in places for name in lake.files(place)}
                 finish(lake, other, json.loads(lake.read(journal)), there)
         except (ValueError, KeyError, RunError) as error:
@@ -638,18 +817,18 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
         log.info("finished or cleared away what was left in %s", other)
 
 
-def publish(lake: Lake, staging: str, tables: Iterable[str]) -> None:
-    """Moves what a run has staged into the lake, then deletes the files that these
-    tables had before. A journal of both comes first, so that the next start can finish
-    what is cut off. A reader sees old rows, new rows or both, never fewer."""
-    run_id = staging.split("/")[1]
-    there = lake.files(staging)
+def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
+    """Moves what a run has staged into the lake, then deletes the files that it
+    replaces. A journal of both comes first, so that the next start can finish what is
+    cut off. A reader sees old rows, new rows or both, never fewer."""
+    run_id, there = staging.split("/")[1], lake.files(staging)
     names = [name[len(staging) + 1 :] for name in there]
-    names = [of for of in names if not re.search(r"/[_.]|^_(?!reports|rejected)", of)]
+    other = r"/[_.](?!manifest-)|^_(?!records|rejected|reports)"
+    names = [name for name in names if not re.search(other, name)]
     # With the run in its name no file is in the way of another run's.
     staged = {of: re.sub("/part-(?!.*/)", f"/part-{run_id}-", of) for of in names}
-    old = [name for table in tables for name in lake.files(table)]
-    journal = {"staged": staged, "replaced": list(filter(OWN_FILE.fullmatch, old))}
+    old = list(filter(OWN_FILE.fullmatch, replaced))
+    journal = {"staged": staged, "replaced": old}
     lake.write(f"{staging}/_journal.tmp", json.dumps(journal))
     confirm_claim(lake, staging)
     lake.move(f"{staging}/_journal.tmp", f"{staging}/_journal.json")
@@ -682,7 +861,9 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
         raise RunError(f"{lake.root}/{lost[0]} is lost")
     moves = {name: targets[name] for name in left if targets[name] not in there}
     with ThreadPoolExecutor(32) as pool:
-        list(pool.map(lake.move, moves.keys(), moves.values()))
+        for is_last in (False, True):  # A manifest tells of records that are in place.
+            names = [name for name in moves if ("/_manifest-" in name) == is_last]
+            list(pool.map(lake.move, names, map(moves.get, names)))
         # A target that exists is whole: S3A copies a file, then deletes it.
         list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
     emptied = folders_of(journal["replaced"]) - folders_of(targets.values())
@@ -947,6 +1128,7 @@ class Settings:
     output: str
     database: str | None
     max_rejected: float
+    full: bool
     break_lock: bool
     debug: bool
     aws: dict[str, str] = field(repr=False)
@@ -965,10 +1147,11 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings (default: dl.cfg, if there is one)")
     add("--input", metavar="URI", help="holds song_data/ and log_data/")
-    add("--output", metavar="URI", help="the lake, whose five tables are replaced")
+    add("--output", metavar="URI", help="the lake of the five tables")
     add("--database", metavar="NAME", help="register the tables in Spark's catalog")
     limit = "publish nothing above this fraction of bad records (default: 0.01)"
     add("--max-rejected", metavar="FRACTION", type=float, default=0.01, help=limit)
+    add("--full", action="store_true", help="read all files, known ones too")
     add("--break-lock", action="store_true", help="take over from a run that is dead")
     add("--debug", action="store_true", help="show tracebacks and Spark's own log")
     parser.set_defaults(input=f"{here}/data_sample", output="lake")
@@ -1034,7 +1217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(argv)
         secrets = [settings.aws.get(key, "") for key in tuple(S3A_KEYS)[:3]]
-        print(format_report(run(settings)))
+        if report := run(settings):
+            print(format_report(report))
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         text = f"etl.py: error: {explain(error)}"

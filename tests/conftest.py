@@ -87,7 +87,8 @@ def read_files(
         path.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
         path.write_bytes(data)
-    records = etl.read_records(spark, etl.to_uri(str(folder)), kind)
+    place = etl.to_uri(f"{folder}/{etl.SOURCES[kind][0]}")
+    records = etl.read_records(kind, etl.open_files(spark, place), place)
     return records.drop(*etl.SOURCES[kind][3].folders)
 
 

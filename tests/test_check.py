@@ -52,7 +52,12 @@ def check(spark: SparkSession, lake: Lake, folder: Path) -> dict[str, int]:
         (folder / name).mkdir(parents=True)
         file = folder / name / "part-0.parquet"
         pq.write_table(pa.Table.from_pylist(records, schema), file)
-    return etl.check_tables(spark, etl.to_uri(str(folder)), {})
+    files = etl.to_uri(str(folder))
+    glob = str.maketrans({of: f"\\{of}" for of in "[]{}*"})
+    read = spark.read.parquet
+    return etl.check_tables(
+        {of: read(f"{files}/{of}".translate(glob)) for of in etl.TABLES}, {}
+    )
 
 
 def test_a_good_lake_passes_with_its_rows(spark: SparkSession, tmp_path: Path) -> None:
@@ -85,15 +90,6 @@ def test_a_key_that_is_repeated_missing_or_lost_is_named(
 ) -> None:
     with pytest.raises(etl.RunError, match=f"^check failed: {error}"):
         check(spark, {**GOOD, folder: [*GOOD[folder], row]}, tmp_path)
-
-
-@pytest.mark.parametrize("table", ["songplays", "users"])
-def test_an_empty_table_is_named(
-    table: str, spark: SparkSession, tmp_path: Path
-) -> None:
-    lake = {of: [] if of.startswith(table) else rows for of, rows in GOOD.items()}
-    with pytest.raises(etl.RunError, match=rf"^check failed: {table}\b.*\b0 rows"):
-        check(spark, lake, tmp_path)
 
 
 @pytest.mark.parametrize(

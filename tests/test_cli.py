@@ -272,7 +272,12 @@ def test_input_that_is_not_worth_publishing_ends_with_1_and_leaves_the_tables(
     line = failure(capsys, 1, *flags, f"--output={lake}")
     assert re.search(reason, line), line
     assert {path: path.read_bytes() for path in lake.rglob("*.parquet")} == tables
-    assert {of.name for of in lake.iterdir()} == {*etl.TABLES, "_reports", "_rejected"}
+    assert {of.name for of in lake.iterdir()} == {
+        *etl.TABLES,
+        "_records",
+        "_reports",
+        "_rejected",
+    }
     if "foo" in events:
         assert f"file://{lake}/_rejected" in line
         assert len([*lake.glob("_rejected/*")]) == rejected + 1

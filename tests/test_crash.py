@@ -204,7 +204,7 @@ def test_run_that_is_stopped_and_taken_over_publishes_nothing(
     made: Path, lake: Path
 ) -> None:
     driver = ("SIGSTOP", "before", "rename", "_journal")
-    with job(flags_for(made / "old", lake), *driver) as process:
+    with job([*flags_for(made / "old", lake), "--full"], *driver) as process:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         with pytest.raises(etl.RunError, match=f"{process.pid}.* --break-lock"):
             run(made / "new", lake)

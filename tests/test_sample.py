@@ -82,7 +82,8 @@ def test_timestamps_are_whole_numbers_adjusted_to_utc(table: str, lake: Path) ->
 
 def test_files_are_few_and_lie_in_the_folders_of_their_table(lake: Path) -> None:
     files = [path.relative_to(lake) for path in lake.rglob("*") if path.is_file()]
-    found = [str(path.parent) for path in files if path.suffix == ".parquet"]
+    tables = [path for path in files if path.parts[0] in etl.TABLES]
+    found = [str(path.parent) for path in tables]
     years = [folder for folder in found if folder.startswith("songs/year=")]
     assert len(set(years)) == len(years) == 39
     assert {"songs/year=0", "songs/year=1958", "songs/year=2010"} < set(years)
@@ -90,8 +91,8 @@ def test_files_are_few_and_lie_in_the_folders_of_their_table(lake: Path) -> None
     others = ["artists", f"songplays/{month}", f"time/{month}", "users"]
     assert sorted(set(found) - set(years)) == sorted(others)
     assert len(found) == len(years) + len(others)
-    kinds = {path.parts[0] for path in files if path.suffix != ".parquet"}
-    assert kinds == {"_rejected", "_reports"}
+    others = {path.parts[0] for path in set(files) - set(tables)}
+    assert others == {"_records", "_rejected", "_reports"}
 
 
 # --- Rows -----------------------------------------------------------------------------
