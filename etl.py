@@ -550,7 +550,7 @@ def stage_records(lake: Lake, staging: str, news: News) -> Records:
     counts = fresh.withColumn("id", month).groupBy("source_file", "id", "reason")
     for file, *figures in counts.agg(F.count("*"), good).collect():
         # A file that has come since the listing has no state, so the next run reads it.
-        of = new.setdefault(unquote(file), {"state": None, "counts": []})
+        of = new.setdefault(unquote(file), {"state": [], "counts": []})
         of["counts"].append(figures)
     months = sorted({of[0] for file in [*gone, *new.values()] for of in file["counts"]})
     is_new, staged, rest = month.isin([-1, *months]), fresh, fresh.where("false")

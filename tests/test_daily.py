@@ -193,6 +193,26 @@ def test_a_file_that_is_known_is_not_opened(lake: Path, source: Path) -> None:
     assert len(read_table(lake, "songplays")) == 4
 
 
+def test_a_file_that_came_after_the_listing_and_went_leaves_no_row(
+    lake: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, late = contents(lake), source / "log_data/late.json"
+    write(late, to_json(play(ts=MONTHS[1] + 1)))
+    with monkeypatch.context() as patch:
+        list_files = etl.list_files
+
+        def without_late(lines: Any) -> dict[str, list[int]]:
+            files = list_files(lines).items()
+            return {name: of for name, of in files if not name.endswith("late.json")}
+
+        patch.setattr(etl, "list_files", without_late)
+        run(source, lake, "--full")
+    assert contents(lake) != before
+    late.unlink()
+    run(source, lake)
+    assert contents(lake) == before
+
+
 def test_a_month_that_becomes_empty_goes_but_never_the_last(
     lake: Path, source: Path
 ) -> None:
