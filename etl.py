@@ -436,7 +436,7 @@ def run(settings: Settings) -> dict[str, Any]:
             log.info("nothing is new: the lake stays as it is")
     if settings.database:
         log.info("registering the tables in %s", settings.database)
-        register_tables(spark, lake, settings.database)
+        register_tables(lake, settings.database)
     return report
 
 
@@ -827,14 +827,13 @@ def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
     names = [name for name in names if not re.search(other, name)]
     # With the run in its name no file is in the way of another run's.
     staged = {of: re.sub("/part-(?!.*/)", f"/part-{run_id}-", of) for of in names}
-    old = list(filter(OWN_FILE.fullmatch, replaced))
-    journal = {"staged": staged, "replaced": old}
+    journal = {"staged": staged, "replaced": list(filter(OWN_FILE.fullmatch, replaced))}
     lake.write(f"{staging}/_journal.tmp", json.dumps(journal))
     confirm_claim(lake, staging)
     lake.move(f"{staging}/_journal.tmp", f"{staging}/_journal.json")
     try:
         confirm_claim(lake, staging)
-        finish(lake, staging, journal, {*there, *old})
+        finish(lake, staging, journal, {*there, *journal["replaced"]})
     except RunError:
         raise
     except (Exception, KeyboardInterrupt) as error:
@@ -930,7 +929,7 @@ def preflight(settings: Settings) -> dict[str, int]:
         sizes = {name: os.path.getsize(name) for name in found}
     elif not settings.input.startswith("s3") or not has_boto3:
         return sizes
-    for part in ("song_data", "log_data"):
+    for part, *_ in SOURCES.values():
         if not any(f"/{part}/" in f"/{name}" for name in sizes):
             hint = "give --input the folder of song_data/ and log_data/"
             lack = f"INPUT {settings.input} holds no {part}/ with .json or .json.gz"
@@ -952,7 +951,7 @@ def check_s3(settings: Settings) -> dict[str, int]:
     config = Config(connect_timeout=2, read_timeout=10, retries=retries, s3=style)
     try:
         client = boto3.client("s3", region_name=region, config=config, **aws)
-        for part in ("song_data", "log_data") if uri.startswith("s3") else ():
+        for part, *_ in SOURCES.values() if uri.startswith("s3") else ():
             _, bucket, key = f"{uri}/{part}/".split("/", 3)[1:]
             pages = client.get_paginator("list_objects_v2")
             found = pages.paginate(Bucket=bucket, Prefix=key).search("Contents[]")
@@ -1089,9 +1088,10 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
 # --- Catalog --------------------------------------------------------------------------
 
 
-def register_tables(spark: SparkSession, lake: Lake, database: str) -> None:
+def register_tables(lake: Lake, database: str) -> None:
     """Registers the lake's tables in the catalog of the Spark at hand, in Hive's format,
     which Athena and Redshift read. Raises RunError for a table that isn't external."""
+    spark = lake.spark
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     for name, table in TABLES.items():
         rows = spark.read.parquet(literal(f"{lake.root}/{name}"))
