@@ -11,25 +11,22 @@ import argparse
 import configparser
 import hashlib
 import json
-import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
+import time
 import traceback
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
-from glob import escape, glob
+from glob import glob
 from importlib.util import find_spec
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -38,16 +35,16 @@ if not find_spec("pyspark"):  # A node of EMR has pyspark below its Spark home o
     sys.path += [f"{home}/python", *glob(f"{home}/python/lib/py4j-*.zip")]
 try:
     import pyspark
-    from py4j.protocol import Py4JJavaError
+    from py4j.protocol import Py4JError
     from pyspark import SparkConf, SparkContext
+    from pyspark.errors import AnalysisException
     from pyspark.java_gateway import launch_gateway
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
+    from pyspark.sql.types import StructType
 except ModuleNotFoundError as error:
     print(f"etl.py: error: {error}: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
-
-log = logging.getLogger("etl")
 
 
 # --- Contract -------------------------------------------------------------------------
@@ -69,8 +66,13 @@ class Table:
     folders: tuple[str, ...]
     order: tuple[str, ...]
 
+    @property
+    def month_id(self) -> str:
+        """The month of a row, as SQL; 0 where the folders are no months."""
+        return "year * 100 + month" if self.folders == MONTH else "0"
 
-MONTH, MONTH_ID = ("year", "month"), "year * 100 + month"
+
+MONTH = ("year", "month")
 TABLES = {
     "songplays": Table("songplay_id", MONTH, ("start_time",)),
     "users": Table("user_id", (), ("user_id",)),
@@ -110,13 +112,22 @@ SONGPLAY_ID = "xxhash64(ts, userId, sessionId, itemInSession)"
 IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
     AND sessionId IS NOT NULL"""
 HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
-# What is read: a folder of INPUT, its fields, their faults, how typed records are kept.
-SONG, PLAY = "song_id", f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
-SOURCES = {
-    "songs": ("song_data", SONG_SCHEMA, SONG_FAULT, Table(SONG, (), ("song_id",))),
-    "events": ("log_data", EVENT_SCHEMA, EVENT_FAULT, Table(PLAY, MONTH, ("ts",))),
+PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
+# What is kept with a typed record: its file, a URL-encoded URI; why it is bad, if it is,
+# and its text then (as ISO-8859-1 if it isn't UTF-8).
+RECORD, IS_GOOD = "source_file string, reason string, raw string", "reason IS NULL"
+SOURCES = {"songs": "song_data", "events": "log_data"}  # folders of INPUT
+SCHEMAS = {"songs": SONG_SCHEMA, "events": EVENT_SCHEMA}
+FAULTS = {"songs": SONG_FAULT, "events": EVENT_FAULT}
+RECORDS = {"songs": f"{SONG_SCHEMA}, {RECORD}", "events": f"{EVENT_SCHEMA}, {RECORD}"}
+RECORDS["events"] += ", year int, month int"  # of ts, 0 where it isn't valid
+# The lake also keeps the typed records, and each user's latest event of each month.
+FOLDERS = {
+    **TABLES,
+    "_records/songs": Table("song_id", (), ("song_id",)),
+    "_records/events": Table(PLAY, MONTH, ("ts",)),
+    "_records/users": Table("userId", MONTH, ("userId",)),
 }
-LATEST_EVENTS = Table("userId", MONTH, ("userId",))  # of each user in each month
 
 
 # --- Read -----------------------------------------------------------------------------
@@ -217,17 +228,14 @@ def read_records(
     kind: str, lines: DataFrame, folder: str, files: Iterable[str] | None = None
 ) -> DataFrame:
     """The typed songs or events, good or bad, of the files below a folder, or of some of
-    them. A blank string is null; a value of the wrong type makes a bad record. Out:
-    SONG_SCHEMA or EVENT_SCHEMA; source_file string; reason string, why a record is bad;
-    raw string, its text (as ISO-8859-1 if it isn't UTF-8); year, month int of an
-    event's ts, 0 where it isn't valid."""
-    _, schema, rules, layout = SOURCES[kind]
+    them. A blank string is null; a value of the wrong type makes a bad record.
+    Out: RECORDS."""
     raw, texts = F.col("raw"), read_texts(lines, folder)
     texts = texts if files is None else texts.where(is_of(files))
     # An inner explode would make Spark split each text twice, to see if it is empty.
     pieces = texts.withColumn("raw", F.explode_outer(split_text(F.col("text"))))
     pieces = pieces.withColumn("raw", trim(raw)).where(raw != "")
-    pieces = pieces.withColumn("values", parse(raw, f"struct<{schema}>"))
+    pieces = pieces.withColumn("values", parse(raw, f"struct<{SCHEMAS[kind]}>"))
     fault = (
         F.when(~is_utf8(raw), "not UTF-8")
         .when(F.isnotnull("values"), None)
@@ -236,21 +244,17 @@ def read_records(
     )
     latin = F.decode(raw.cast("binary"), "ISO-8859-1")
     records = pieces.select(
-        F.explode_outer("values").alias("record"),
+        F.explode_outer("values").alias("value"),
         "source_file",
-        fault.alias("fault"),
+        fault.alias("reason"),
         F.when(is_utf8(raw), raw).otherwise(latin).alias("raw"),
-    )
-    strings = re.findall(r"(\w+) string", schema)
+    ).select("value.*", "source_file", "reason", "raw")
+    strings = re.findall(r"(\w+) string", SCHEMAS[kind])
     blank_is_null = {of: F.expr(f"if(trim({of}) = '', null, {of})") for of in strings}
-    records = (
-        records.select("record.*", "source_file", "fault", "raw")
-        .withColumns(blank_is_null)
-        .withColumn("reason", F.expr(f"coalesce(fault, {rules})"))
-        .withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
-        .drop("fault")
-    )
-    for column in layout.folders:  # year and month
+    reason = F.expr(f"coalesce(reason, {FAULTS[kind]})")
+    records = records.withColumns(blank_is_null).withColumn("reason", reason)
+    records = records.withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
+    for column in MONTH if kind == "events" else ():
         value = f"if({HAS_TIME}, {column}(timestamp_millis(ts)), 0)"
         records = records.withColumn(column, F.expr(value))
     return records
@@ -380,37 +384,58 @@ def look_up_songs(songs: DataFrame) -> tuple[DataFrame, DataFrame]:
 # --- Write and check ------------------------------------------------------------------
 
 
-def write_files(rows: DataFrame, folder: str, table: Table) -> None:
-    """Adds rows as Parquet to a folder, in few files of even size."""
+def write_files(rows: DataFrame, lake: Lake, name: str) -> None:
+    """Adds rows as Parquet to one of the FOLDERS, in few files of even size."""
+    table = FOLDERS[name]
     # DataFrame.hint takes no columns before Spark 4.
     hint = f"REBALANCE({', '.join(table.folders)})" if table.folders else "REBALANCE"
-    sized = rows.sparkSession.sql(f"SELECT /*+ {hint} */ * FROM {{rows}}", rows=rows)
-    ordered = sized.sortWithinPartitions(*table.folders, *table.order)
-    ordered.write.mode("append").partitionBy(*table.folders).parquet(folder)
+    sized = lake.spark.sql(f"SELECT /*+ {hint} */ * FROM {{rows}}", rows=rows)
+    files = sized.sortWithinPartitions(*table.folders, *table.order).write
+    files.mode("append").partitionBy(*table.folders).parquet(f"{lake.root}/{name}")
 
 
-def check_tables(tables: dict[str, DataFrame], due: dict[str, int]) -> dict[str, int]:
-    """Checks the five tables as written; returns the rows of each. Raises RunError
-    unless each has as many as are due, every primary key is unique and not null, and
-    every foreign key that isn't null finds its row."""
+def read_files(lake: Lake, name: str, schema: str | StructType) -> DataFrame:
+    """The rows of the Parquet files below a folder of the lake, if there are any."""
+    try:
+        return lake.spark.read.schema(schema).parquet(literal(f"{lake.root}/{name}"))
+    except AnalysisException:  # There is no such folder.
+        return lake.spark.createDataFrame([], schema)
+
+
+def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
+    """Checks the five tables as written, which are views by their names. The keys of
+    due_TABLE have to be those of that table; the rows of all_TABLE are only counted.
+    Returns, by view, its rows and how many have each foreign key. Raises RunError unless
+    every primary key is unique and not null, none is missing or too much, and every
+    foreign key that isn't null finds its row."""
     queries = []
-    for name, table in TABLES.items():
-        tables[name].createOrReplaceTempView(name)
-        figures = f"count(*), count(DISTINCT {table.key}), ''"
-        queries.append(f"SELECT '{name}', {figures} FROM {name}")
+    for name, rows in views.items():
+        rows.createOrReplaceTempView(name)
+        kind, _, table = name.rpartition("_")
+        figures = {"rows": "count(*)"}
+        if kind != "all":
+            figures["keys"] = f"count(DISTINCT {TABLES[table].key})"
+        links = (column for of, column, _ in FOREIGN_KEYS if of == name)
+        figures.update({column: f"count({column})" for column in links})
+        counts = ", ".join(f"'{of}', {count}" for of, count in figures.items())
+        queries.append(f"SELECT '{name}', map({counts}), '' FROM {name}")
     for name, column, owner in FOREIGN_KEYS:
         lost = f"'{name}: no row of {owner} for {column} ' || min({column})"
         join = f"{owner} ON {name}.{column} = {owner}.{TABLES[owner].key}"
-        queries.append(f"SELECT '', 0, 0, {lost} FROM {name} LEFT ANTI JOIN {join}")
-    spark = tables["songplays"].sparkSession
-    for name, rows, keys, lost in spark.sql(" UNION ALL ".join(queries)).collect():
+        queries.append(f"SELECT '', map(), {lost} FROM {name} LEFT ANTI JOIN {join}")
+    spark, found = views["songplays"].sparkSession, {}
+    for name, counts, lost in spark.sql(" UNION ALL ".join(queries)).collect():
         if lost:
             raise RunError(f"check failed: {lost}")
-        due.setdefault(name, rows)
-        if name and not rows == keys == due[name]:
-            fault = f"{rows:,} rows, {keys:,} different {TABLES[name].key}"
-            raise RunError(f"check failed: {name}: {fault}, {due[name]:,} due")
-    return {name: due[name] for name in TABLES}
+        found[name] = counts
+    del found[""]
+    for name, table in TABLES.items():
+        rows, keys = found[name]["rows"], found[name]["keys"]
+        due = found.get(f"due_{name}", found[name])["keys"]
+        if not rows == keys == due:
+            fault = f"{rows:,} rows, {keys:,} different {table.key}, {due:,} due"
+            raise RunError(f"check failed: {name}: {fault}")
+    return found
 
 
 # --- Run ------------------------------------------------------------------------------
@@ -422,259 +447,314 @@ def run(settings: Settings) -> dict[str, Any]:
     SettingsError for wrong settings, RunError or what Spark raises for the rest: the
     tables are as they were, unless the error says more."""
     sizes = preflight(settings)
-    log.info("starting Spark")
-    spark = start_spark(settings, sizes)
-    lake = open_lake(spark, settings.output)
-    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+    say(f"Sparkify ETL: {settings.input} -> {settings.output}")
+    with step(f"1/5 Start Spark {pyspark.__version__}"):
+        spark = start_spark(settings, sizes)
+    lake, report = open_lake(spark, settings.output), {}
+    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
     with claimed(lake, run_id, settings.break_lock) as staging:
-        known = load_manifest(lake, settings)
-        news = [find_news(lake, settings.input, kind, known[kind]) for kind in SOURCES]
-        if any(of.gone or not of.known for of in news):
+        news = find_news(lake, settings)
+        if any(news.fresh.values()) or news.gone or not news.kept:
             report = update(lake, staging, news, settings)
         else:
-            report = {}
-            log.info("nothing is new: the lake stays as it is")
+            say("Nothing is new: the lake stays as it is.")
     if settings.database:
-        log.info("registering the tables in %s", settings.database)
-        register_tables(lake, settings.database)
+        try:
+            with step(f"Register the tables in {settings.database}"):
+                register_tables(lake, settings.database)
+        except (Exception, KeyboardInterrupt) as error:
+            reason = f"{explain(error)}: the next run tries it again"
+            raise RunError(f"published, but not registered: {reason}") from error
     return report
 
 
-def load_manifest(lake: Lake, settings: Settings) -> dict[str, dict[str, Any]]:
-    """What the lake's manifest has of each file whose records the lake holds, by kind.
-    Where it can't be relied on, nothing is known, which makes a full run."""
-    names = [name for name in lake.files("_records") if "/_manifest-" in name]
-    manifest: dict[str, Any] = {}
-    with suppress(ValueError):
-        manifest = json.loads(lake.read(names[0])) if names else {}
-    reasons = {
-        "as told by --full or --break-lock": settings.full or settings.break_lock,
-        "the lake has no manifest": not names,
-        "the manifest is damaged or not the only one": not manifest or names[1:],
-        "INPUT is another": manifest.get("input") != settings.input,
-        "etl.py has changed": manifest.get("script") != hash_script(),
-    }
-    if why := next((reason for reason, holds in reasons.items() if holds), None):
-        log.info("a full run: %s", why)
-        return {kind: {} for kind in SOURCES}
-    return manifest["files"]
-
-
-def hash_script() -> str:
-    """The SHA-256 of this script, since another one may make other records."""
+def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
+    """The lake's manifest: INPUT, the hash of this script and, for each file whose
+    records the lake holds, its state and counts. Where there is none to rely on, it has
+    no files, which makes a full run."""
     with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        script = hashlib.sha256(file.read()).hexdigest()
+    empty: dict[str, Any] = {"input": settings.input, "script": script, "files": {}}
+    names = [name for name in lake.files("_records") if "/_manifest-" in name]
+    found = None
+    with suppress(ValueError):
+        found = json.loads(lake.read(names[0])) if len(names) == 1 else None
+    is_whole = isinstance(found, dict) and found.keys() == empty.keys()
+    found = found if is_whole else empty
+    reasons = {
+        "--full or --break-lock tells so": settings.full or settings.break_lock,
+        "the lake has no manifest": not names,
+        "the manifest is damaged or not the only one": not is_whole,
+        "INPUT is another": found["input"] != settings.input,
+        "etl.py has changed": found["script"] != script,
+    }
+    if why := [reason for reason, holds in reasons.items() if holds]:
+        say(f"All files are read, since {why[0]}.")
+        return empty
+    return found
 
 
 @dataclass(frozen=True)
 class News:
-    """What is new in INPUT's songs or events. Files are named as Hadoop lists them."""
+    """What is new in INPUT. Files are named as Hadoop lists them."""
 
-    kind: str
-    folder: str
-    lines: DataFrame  # of all files in it
-    states: dict[str, list[int]]  # the bytes and the time of change of each file
-    known: dict[str, Any]  # what the manifest has of each file of the lake
-    gone: set[str]  # new, changed and missing files, whose old records go
-
-
-def find_news(lake: Lake, uri: str, kind: str, known: dict[str, Any]) -> News:
-    """Compares INPUT's files with the known ones."""
-    folder = f"{uri}/{SOURCES[kind][0]}"
-    lines = open_files(lake.spark, folder)
-    states = list_files(lines)
-    before = {name: of["state"] for name, of in known.items()}
-    names = states.keys() | before.keys()
-    gone = {name for name in names if states.get(name) != before.get(name)}
-    counts = f"{len(gone - before.keys()):,} new, {len(gone & before.keys()):,} changed"
-    log.info("%s or missing files in %s", counts, folder)
-    return News(kind, folder, lines, states, known, gone)
+    manifest: dict[str, Any]  # of the run before
+    lines: dict[str, DataFrame]  # of all files, by kind
+    fresh: dict[str, dict[str, list[int]]]  # states of new and changed files, by kind
+    kept: dict[str, Any]  # what the manifest has of each file that is as it was
+    gone: dict[str, Any]  # the same of changed and missing files
 
 
-def update(
-    lake: Lake, staging: str, news: list[News], settings: Settings
-) -> dict[str, Any]:
+def find_news(lake: Lake, settings: Settings) -> News:
+    """Compares INPUT's files with those of the manifest."""
+    manifest, lines, states = load_manifest(lake, settings), {}, {}
+    for kind, folder in SOURCES.items():
+        lines[kind] = open_files(lake.spark, f"{settings.input}/{folder}")
+        states[kind] = list_files(lines[kind])
+    now, kept, gone = {**states["songs"], **states["events"]}, {}, {}
+    for name, of in manifest["files"].items():
+        (kept if now.get(name) == of["state"] else gone)[name] = of
+    for name in kept:
+        states["songs"].pop(name, None) or states["events"].pop(name)
+    new, old = now.keys() - kept.keys(), gone.keys()
+    counts = f"{len(new - old):,} new, {len(new & old):,} changed"
+    say(f"{len(now):,} files: {counts}, {len(old - new):,} missing.")
+    return News(manifest, lines, states, kept, gone)
+
+
+def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str, Any]:
     """Reads what is new; builds, checks and publishes what changes with it. Returns the
     run's report."""
-    run_id, folder = staging.split("/")[1], f"{lake.root}/{staging}"
-    log.info("reading %s", settings.input)
-    with ThreadPoolExecutor() as pool:
-        songs, events = pool.map(partial(stage_records, lake, staging), news)
-    files = {"songs": songs.files, "events": events.files}
-    counts = {kind: sum_up(of) for kind, of in files.items()}
-    stage_rejected(songs.staged, events.staged, f"{folder}/_rejected/{run_id}")
-    if fault := find_fault(counts, settings):
-        lake.delete(f"{staging}/_records", recursive=True)
-        publish(lake, staging, replaced=())
-        raise RunError(fault)
-    log.info("building the tables")
-    tables, due = stage_tables(lake, staging, songs, events)
-    log.info("checking the tables")
-    rows = check_tables(tables, due)
-    found = ("count(song_id) AS with_song", "count(artist_id) AS with_artist")
-    plays = tables["songplays"].selectExpr(*found).first().asDict()
-    report = {"run": run_id, "input": settings.input, "output": settings.output}
-    report.update(records=counts, tables=rows, plays=plays)
-    lake.write(f"{staging}/_reports/{run_id}.json", json.dumps(report, indent=2))
-    manifest = {"input": settings.input, "script": hash_script(), "files": files}
-    lake.write(f"{staging}/_records/_manifest-{run_id}.json", json.dumps(manifest))
-    log.info("publishing to %s", settings.output)
-    publish(lake, staging, find_replaced(lake, songs, events))
+    run_id, staged = staging.split("/")[1], replace(lake, root=f"{lake.root}/{staging}")
+    with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
+        (songs, bad_songs), (events, bad_events) = pool.map(
+            lambda kind: stage_fresh(staged, news, kind), SOURCES
+        )
+        new = {**songs, **events}
+        if has_bad := any(of[2] for file in new.values() for of in file["counts"]):
+            bad = bad_songs.unionAll(bad_events).repartitionByRange("source_file")
+            bad.write.json(f"{staged.root}/_rejected/{run_id}")
+        files = {**news.kept, **new}
+        if fault := find_fault(files, settings):
+            staged.delete("_records", recursive=True)
+            publish(lake, staging, replaced=())
+            raise RunError(fault)
+        changes = find_changes(news, new)
+        for kind in SOURCES:
+            stage_kept(lake, staged, news, changes, kind)
+    months = [f"{of // 100}-{of % 100:02}" for of in sorted(changes["songplays"] or ())]
+    what = "every month" if changes["songplays"] is None else ", ".join(months)
+    with step(f"3/5 Build {what}"):
+        views = stage_tables(lake, staged, changes)
+    with step("4/5 Check the tables"):
+        counts = check_tables(views)
+    with step("5/5 Publish"):
+        records, reasons = sum_up(files)
+        wholes = {name: counts.get(f"all_{name}", counts[name]) for name in TABLES}
+        tables = {name: of["rows"] for name, of in wholes.items()}
+        for of, table in (
+            (records["songs"], "songs"),
+            (records["events"], "songplays"),
+        ):
+            of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
+        report = {"run": run_id, "input": settings.input, "output": settings.output}
+        report.update(built=what, records=records, tables=tables, rejected=reasons)
+        report.update(
+            plays=counts["songplays"], bad=has_bad, limit=settings.max_rejected
+        )
+        staged.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
+        manifest = json.dumps({**news.manifest, "files": files})
+        staged.write(f"_records/_manifest-{run_id}.json", manifest)
+        publish(lake, staging, find_replaced(lake, changes))
     return report
 
 
-@dataclass(frozen=True)
-class Records:
-    """The typed songs or events, good or bad, of INPUT."""
-
-    staged: DataFrame  # of the months, as year * 100 + month, of which some are new
-    months: list[int]
-    rest: DataFrame  # of the other months, as the lake has them
-    files: dict[str, Any]  # the manifest's: their states, counts by month and reason
-    is_full: bool  # nothing was known
-
-
-def stage_records(lake: Lake, staging: str, news: News) -> Records:
-    """Stages the records of all months in which some change: those of new and changed
-    files, which are parsed once, and those of other files, which the lake has."""
-    layout, place = SOURCES[news.kind][-1], f"{staging}/_records/{news.kind}"
-    names = news.states.keys() & news.gone
-    wanted = names if news.known else None
-    fresh = read_records(news.kind, news.lines, news.folder, wanted)
-    fresh = stage(lake, fresh, place, layout) if names else fresh.where("false")
-    gone = [of for name, of in news.known.items() if name in news.gone]
-    files = {name: of for name, of in news.known.items() if name not in news.gone}
-    new = {name: {"state": news.states[name], "counts": []} for name in names}
-    good = F.expr(f"count(if(reason IS NULL, {layout.key}, null))")
-    month = F.expr(MONTH_ID) if layout.folders else F.lit(0)
-    counts = fresh.withColumn("id", month).groupBy("source_file", "id", "reason")
-    for file, *figures in counts.agg(F.count("*"), good).collect():
-        # A file that has come since the listing has no state, so the next run reads it.
-        of = new.setdefault(unquote(file), {"state": [], "counts": []})
-        of["counts"].append(figures)
-    months = sorted({of[0] for file in [*gone, *new.values()] for of in file["counts"]})
-    is_new, staged, rest = month.isin([-1, *months]), fresh, fresh.where("false")
-    if news.known:
-        known = read_back(lake, f"_records/{news.kind}", fresh)
-        kept, rest = known.where(is_new & ~is_of(news.gone)), known.where(~is_new)
-        staged = stage(lake, kept, place, layout) if months else fresh
-    return Records(staged, months, rest, {**files, **new}, not news.known)
+def stage_fresh(
+    staged: Lake, news: News, kind: str
+) -> tuple[dict[str, Any], DataFrame]:
+    """Stages the records of new and changed files, which are parsed once. Gives what a
+    manifest has of each file: its state, as list_files has it, and its counts, a list of
+    [kind, month as year * 100 + month or 0, reason or null, records, songs or plays];
+    and the bad records: source_file, reason, raw."""
+    folder, name = f"{news.manifest['input']}/{SOURCES[kind]}", f"_records/{kind}"
+    states = news.fresh[kind].items()
+    files = {file: {"state": state, "counts": []} for file, state in states}
+    if files:
+        wanted = files if news.manifest["files"] else None
+        records = read_records(kind, news.lines[kind], folder, wanted)
+        write_files(records, staged, name)
+    good = F.expr(f"count(if({IS_GOOD}, {FOLDERS[name].key}, null))")
+    records = read_files(staged, name, RECORDS[kind])
+    months = records.withColumn("month_id", F.expr(FOLDERS[name].month_id))
+    counts = months.groupBy("source_file", "month_id", "reason").agg(F.count("*"), good)
+    for file, *figures in counts.collect() if files else ():
+        # A file that came after the listing has no state: the next run reads it.
+        of = files.setdefault(unquote(file), {"state": [], "counts": []})
+        of["counts"].append([kind, *figures])
+    bad = records.where("reason IS NOT NULL").select("source_file", "reason", "raw")
+    return files, bad
 
 
-def stage(lake: Lake, rows: DataFrame, name: str, table: Table) -> DataFrame:
-    """Adds rows to a folder of the lake; gives all that are there then."""
-    write_files(rows, f"{lake.root}/{name}", table)
-    if not lake.fs.exists(lake.path(name)):  # There was no row.
-        lake.fs.mkdirs(lake.path(name))
-    return read_back(lake, name, rows)
+def find_changes(news: News, new: dict[str, Any]) -> dict[str, set[int] | None]:
+    """The months, as year * 100 + month, in which each of the FOLDERS changes; 0 is the
+    month of what has none. None means every month."""
+    files = (*news.gone.values(), *new.values())
+    found = {(kind, month) for of in files for kind, month, *_ in of["counts"]}
+    songs, events = ({m for kind, m in found if kind == of} for of in SOURCES)
+    changes: dict[str, set[int] | None] = dict.fromkeys(FOLDERS)
+    if news.manifest["files"]:
+        changes.update(dict.fromkeys(("songs", "artists", "_records/songs"), songs))
+        changes.update(dict.fromkeys(("_records/events", "_records/users"), events))
+        changes.update({} if songs else {"songplays": events, "time": events})
+    return changes
 
 
-def read_back(lake: Lake, name: str, like: DataFrame) -> DataFrame:
-    """The rows below a folder of the lake, which has the columns of others."""
-    files = lake.spark.read.schema(like.schema)
-    return files.parquet(literal(f"{lake.root}/{name}"))
-
-
-def sum_up(files: dict[str, Any]) -> dict[str, Any]:
-    """How many records some files have, which are rejected, which are songs or plays."""
-    counts = [of for file in files.values() for of in file["counts"]]
-    rejected: Counter[str] = Counter()
-    for _, reason, read, _ in counts:
-        rejected.update({reason: read} if reason else {})
-    read, good = (sum(of[n] for of in counts) for n in (2, 3))
-    return {"read": read, "rejected": dict(sorted(rejected.items())), "good": good}
-
-
-def stage_rejected(songs: DataFrame, events: DataFrame, folder: str) -> None:
-    """Writes the bad records, if any, as JSON lines: source_file, reason, raw."""
-    columns = ("source_file", "reason", "raw")
-    bad = songs.select(*columns).unionAll(events.select(*columns))
-    if (bad := bad.where("reason IS NOT NULL")).head(1):
-        bad.repartitionByRange("source_file").write.json(folder)
-
-
-def find_fault(counts: dict[str, dict[str, Any]], settings: Settings) -> str | None:
-    """Why a run must not publish: too much is rejected, or there is nothing."""
-    read = sum(of["read"] for of in counts.values())
-    bad = sum(sum(of["rejected"].values()) for of in counts.values())
-    if bad > settings.max_rejected * read:
-        limit = f"--max-rejected {settings.max_rejected:g}: no table is changed"
-        hint = "small local files alone may have objects over several lines"
-        place = f"see {settings.output}/_rejected ({hint})"
-        return f"{bad:,} of {read:,} records are bad, over {limit}: {place}"
-    for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
-        if not counts[kind]["good"]:
-            return f"no {what} in {settings.input}/{SOURCES[kind][0]}: check --input"
-    return None
+def stage_kept(
+    lake: Lake, staged: Lake, news: News, changes: dict[str, set[int] | None], kind: str
+) -> None:
+    """Stages the records of known files in the months that change."""
+    name = f"_records/{kind}"
+    if news.kept and (months := changes[name]):
+        stays = F.expr(FOLDERS[name].month_id).isin(months) & ~is_of(news.gone)
+        write_files(read_files(lake, name, RECORDS[kind]).where(stays), staged, name)
 
 
 def stage_tables(
-    lake: Lake, staging: str, songs: Records, events: Records
-) -> tuple[dict[str, DataFrame], dict[str, int]]:
-    """Stages the tables that change: of some months or, where songs change, all. Gives
-    the five tables as the lake will have them and how many rows are due."""
-    good = "reason IS NULL"
-    latest = find_latest(events.staged.where(good), "userId", *MONTH)
-    latest = stage(lake, latest, f"{staging}/_records/users", LATEST_EVENTS)
-    if not events.is_full:
-        others = ~F.expr(MONTH_ID).isin([-1, *events.months])
-        known = read_back(lake, "_records/users", latest)
-        latest = latest.unionByName(known.where(others))
-    all_songs = songs.staged.unionByName(songs.rest).where(good)
-    plays = events.staged.unionByName(events.rest) if songs.months else events.staged
-    plays = plays.where(good)
+    lake: Lake, staged: Lake, changes: dict[str, set[int] | None]
+) -> dict[str, DataFrame]:
+    """Stages what changes of the tables. Gives the views that check_tables wants."""
+
+    def complete(name: str, rows: DataFrame) -> DataFrame:
+        """Staged rows and, of the months that don't change, the published ones."""
+        if (months := changes[name]) is None:
+            return rows
+        stays = ~F.expr(FOLDERS[name].month_id).isin(months)
+        return rows.unionByName(read_files(lake, name, rows.schema).where(stays))
+
+    songs = read_files(staged, "_records/songs", RECORDS["songs"])
+    songs = complete("_records/songs", songs).where(IS_GOOD)
+    events = read_files(staged, "_records/events", RECORDS["events"])
+    latest = find_latest(events.where(IS_GOOD), "userId", *MONTH)
+    write_files(latest, staged, "_records/users")
+    latest = read_files(staged, "_records/users", latest.schema)
+    if changes["songplays"] is None:
+        events = complete("_records/events", events)
+    events = events.where(IS_GOOD)
     tables = {
-        "songplays": build_songplays(plays, all_songs),
-        "users": build_users(latest),
-        "songs": build_songs(all_songs),
-        "artists": build_artists(all_songs),
-        "time": build_time(plays),
+        "songplays": build_songplays(events, songs),
+        "users": build_users(complete("_records/users", latest)),
+        "songs": build_songs(songs),
+        "artists": build_artists(songs),
+        "time": build_time(events),
     }
-
-    def stage_table(name: str) -> DataFrame:
-        if name in ("songs", "artists") and not songs.months:
-            return read_back(lake, name, tables[name])
-        return stage(lake, tables[name], f"{staging}/{name}", TABLES[name])
-
+    changing = [name for name in TABLES if changes[name] != set()]
     with ThreadPoolExecutor() as pool:
-        staged = dict(zip(TABLES, pool.map(stage_table, TABLES)))
-    keys = {"songplays": plays.selectExpr(PLAY)}
-    if songs.months:
-        keys["songs"] = all_songs.select(SONG)
-    return staged, {of: key.dropna().distinct().count() for of, key in keys.items()}
+        list(pool.map(lambda name: write_files(tables[name], staged, name), changing))
+    views = {"due_songs": songs.select("song_id")}
+    views["due_songplays"] = events.selectExpr(f"{PLAY} AS songplay_id")
+    for name in TABLES:
+        rows = read_files(staged, name, tables[name].schema)
+        views[name] = complete(name, rows)
+        if changes[name]:  # Only what some months have now is to be checked.
+            views[name], views[f"all_{name}"] = rows, views[name]
+    return views
 
 
-def find_replaced(lake: Lake, songs: Records, events: Records) -> list[str]:
-    """The lake's files in whose place others come."""
-    starts = ["users/", "_records/_manifest-"]
-    if songs.months:
-        starts += ["songplays/", "songs/", "artists/", "time/", "_records/songs/"]
-    for month in events.months:
-        folder = f"year={month // 100}/month={month % 100}/"
-        tables = ("songplays", "time", "_records/events", "_records/users")
-        starts += [f"{table}/{folder}" for table in tables]
-    names = (of for folder in (*TABLES, "_records") for of in lake.files(folder))
-    return [of for of in names if events.is_full or of.startswith(tuple(starts))]
+def find_replaced(lake: Lake, changes: dict[str, set[int] | None]) -> list[str]:
+    """The lake's files in whose place the run's come."""
+    replaced = []
+    for name in (of for folder in (*TABLES, "_records") for of in lake.files(folder)):
+        months = changes.get(re.match("(_records/)?[^/]+", name)[0])
+        year, month = (re.findall(r"/year=(\d+)/month=(\d+)/", name) or [(0, 0)])[0]
+        if months is None or int(year) * 100 + int(month) in months:
+            replaced.append(name)
+    return replaced
+
+
+def sum_up(files: dict[str, Any]) -> tuple[dict[str, dict[str, int]], Counter[str]]:
+    """What became of the records of some files, by kind, duplicates not yet found; how
+    many are rejected, by kind and reason."""
+    counts, records = [of for file in files.values() for of in file["counts"]], {}
+    for kind in SOURCES:
+        mine = [of for of in counts if of[0] == kind]
+        read, kept = (sum(of[n] for of in mine) for n in (3, 4))
+        bad = sum(of[3] for of in mine if of[2])
+        records[kind] = {"read": read, "rejected": bad, "not plays": read - bad - kept}
+        records[kind].update(duplicate=0, kept=kept)
+    reasons: Counter[str] = Counter()
+    for kind, _, reason, count, _ in counts:
+        reasons.update({f"{kind}: {reason}": count} if reason else {})
+    return records, reasons
+
+
+def find_fault(files: dict[str, Any], settings: Settings) -> str | None:
+    """Why a run must not publish: too much is rejected, or there is nothing."""
+    records, reasons = sum_up(files)
+    read, bad = (sum(of[n] for of in records.values()) for n in ("read", "rejected"))
+    if bad > settings.max_rejected * read:
+        [(why, count)] = reasons.most_common(1)
+        kind, _, reason = why.partition(": ")
+        file = next(of for of in files if f"'{reason}'" in str(files[of]["counts"]))
+        most = f"{count:,} {kind} are '{reason}', as in {unquote(file)}"
+        hint = " (objects over several lines are for small local files)"
+        kept = f"see {settings.output}/_rejected{hint if reason == 'not JSON' else ''}"
+        limit = f"over --max-rejected {settings.max_rejected:g}"
+        return f"{bad:,} of {read:,} records are bad, {limit}: {most}; {kept}"
+    for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
+        if not records[kind]["kept"]:
+            return f"no {what} in {settings.input}/{SOURCES[kind]}: check --input"
+    return None
 
 
 def format_report(report: dict[str, Any]) -> str:
     """A report as a person reads it."""
-    lines = [f"{count:12,}  rows of {name}" for name, count in report["tables"].items()]
-    lines += [f"{count:12,}  plays {name}" for name, count in report["plays"].items()]
-    for kind, counts in report["records"].items():
-        lines.append(f"{counts['read']:12,}  {kind} read")
-        rejected = counts["rejected"].items()
-        lines += [f"{count:12,}  {kind} rejected: {why}" for why, count in rejected]
-    return "\n".join([*lines, f"lake: {report['output']}"])
+    records, plays = report["records"].items(), report["plays"]
+    lines = ["Input    " + "".join(f"{of:>12}" for of in report["records"]["songs"])]
+    for kind, of in records:
+        lines.append(f"{kind:9}" + "".join(f"{count:12,}" for count in of.values()))
+    lines += ["", "Table            rows"]
+    lines += [f"{name:9}{rows:12,}" for name, rows in report["tables"].items()]
+    for what in ("song", "artist"):
+        found, share = plays[f"{what}_id"], plays[f"{what}_id"] / max(plays["rows"], 1)
+        lines.append(
+            f"{found:,} plays ({share:.0%}) have their {what} in the catalogue"
+        )
+    read, bad = (sum(of[n] for _, of in records) for n in ("read", "rejected"))
+    share = f"{bad / read:.1%}, limit {report['limit']:.1%}"
+    lines += ["", f"Rejected {bad:,} of {read:,} records ({share})"]
+    lines += [f"{count:9,}  {why}" for why, count in sorted(report["rejected"].items())]
+    lines += (
+        [f"See {report['output']}/_rejected/{report['run']}"] if report["bad"] else []
+    )
+    lines.append(f"Next: query {report['output']}/songplays, as README.md shows")
+    return re.sub("file:/+", "/", "\n".join(lines))
 
 
 def explain(error: BaseException) -> str:
     """An exception in one line: its first cause, and the file that it was about."""
-    text = str(error).strip() or type(error).__name__  # Ctrl-C has no message.
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = "interrupted" if interrupted else str(error).strip() or type(error).__name__
     causes = re.findall(r"^(?:Caused by: |: )(.+)", text, re.MULTILINE)
     about = re.search(r"while reading file (.+?\.json(?:\.gz)?)", text)
     line = causes[-1] if causes else " ".join(text.splitlines()[:2])
     return f"{about[1]}: {line}" if about else line
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Tells the person who waits; local folders as paths, which can be pasted."""
+    print(re.sub("file:/+", "/", text), end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Announces a step of the run; adds its seconds when it is done."""
+    start, line = time.monotonic(), f"{title} ".ljust(40, ".")
+    say(line, end="")
+    try:
+        yield
+    finally:
+        again = f"\r{line}" if sys.stderr.isatty() else ""  # over Spark's progress bar
+        say(f"{again} {time.monotonic() - start:4.0f} s")
 
 
 # --- Lake -----------------------------------------------------------------------------
@@ -700,20 +780,19 @@ class Lake:
 
     def files(self, folder: str) -> dict[str, int]:
         """The files at any depth below a folder: when each was changed, by name (ms)."""
-        folders, statuses = [self.path(folder)], []
-        if not self.fs.exists(folders[0]):
+        top = self.path(folder)
+        if not self.fs.exists(top):
             return {}
         if self.root.startswith("s3"):  # A request lists 1,000 objects of all folders.
-            found = self.fs.listFiles(folders.pop(), True)
-            while found.hasNext():
-                statuses.append(found.next())
-        for path in folders:  # listFiles starts a process for each local file.
-            inside = list(self.fs.listStatus(path))
-            folders += [status.getPath() for status in inside if status.isDirectory()]
-            statuses += [status for status in inside if not status.isDirectory()]
+            every = self.fs.listFiles(top, True)
+            found = list(iter(lambda: every.hasNext() and every.next(), False))
+        else:  # listFiles starts a process for each local file.
+            found = list(self.fs.listStatus(top))
+            for of in found:
+                found += self.fs.listStatus(of.getPath()) if of.isDirectory() else ()
         start = len(self.fs.makeQualified(self.path("")).toString().rstrip("/")) + 1
-        times = ((of.getPath(), of.getModificationTime()) for of in statuses)
-        return {path.toString()[start:]: changed for path, changed in times}
+        files = ((of.getPath(), of) for of in found if not of.isDirectory())
+        return {at.toString()[start:]: of.getModificationTime() for at, of in files}
 
     def read(self, name: str) -> str:
         """The text of a small file."""
@@ -730,12 +809,11 @@ class Lake:
         paths = (self.path(source), self.path(target))
         if not self.root.startswith("s3"):  # S3 has no folders.
             self.fs.mkdirs(paths[1].getParent())
-        try:
-            reason = "" if self.fs.rename(*paths) else "can't be renamed to its place"
-        except Py4JJavaError as error:
-            reason = explain(error)
-        if reason and not self.fs.exists(paths[1]):
-            raise OSError(f"{self.root}/{target}: {reason}")
+        with suppress(Py4JError):  # HDFS and a disk refuse a target that exists.
+            if self.fs.rename(*paths):
+                return
+        if not self.fs.exists(paths[1]):
+            raise OSError(f"{self.root}/{target}: it can't be moved there")
 
     def delete(self, name: str, recursive: bool = False) -> None:
         """Deletes a file, an empty folder or, if recursive, any, where it is there."""
@@ -759,18 +837,19 @@ def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
     another run is alive, SettingsError where OUTPUT can't be written."""
     staging, ended = f"_staging/{run_id}", threading.Event()
     owner, alive = f"{staging}/_owner.json", f"{staging}/_alive"
-    start = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    me = {"host": socket.gethostname(), "process": os.getpid(), "start": start}
+    me = {"host": os.uname().nodename, "process": os.getpid(), "start": time.ctime()}
 
     def stay_alive() -> None:
         while not ended.wait(HEARTBEAT):
-            with suppress(Exception):  # The next one may be in time, too.
+            try:
                 lake.write(alive, "")
+            except Exception as error:  # noqa: BLE001
+                say(f"\n{lake.root} fails, trying again: {explain(error)}")
 
     try:
         lake.write(alive, "")
         lake.write(owner, json.dumps(me))
-    except Py4JJavaError as error:
+    except Py4JError as error:
         raise SettingsError(f"OUTPUT {lake.root}: {explain(error)}") from error
     heartbeat = threading.Thread(target=stay_alive, daemon=True)
     heartbeat.start()
@@ -781,13 +860,12 @@ def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
         ended.set()
         heartbeat.join()
         with suppress(Exception):  # What else fails now would hide the reason.
-            files = lake.files(staging)
-            # A journal is for the next start, and a claim without owner is taken over.
-            is_over = owner in files and f"{staging}/_journal.json" not in files
-            for name in () if is_over else (owner, alive):
-                lake.delete(name)
-            for name in (staging, "_staging"):  # One that isn't empty stays.
-                lake.delete(name, recursive=is_over and name == staging)
+            if lake.fs.exists(lake.path(f"{staging}/_journal.json")):
+                lake.delete(owner)  # The next start takes over and finishes it.
+                lake.delete(alive)
+            else:
+                lake.delete(staging, recursive=True)
+            lake.delete("_staging")  # This fails while another run is in it.
 
 
 def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
@@ -814,7 +892,7 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
                 hint = "add --break-lock to discard it and replace every table"
                 raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
         lake.delete(other, recursive=True)
-        log.info("finished or cleared away what was left in %s", other)
+        say(f"Finished or cleared away what was left in {other}.")
 
 
 def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
@@ -834,9 +912,7 @@ def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
     try:
         confirm_claim(lake, staging)
         finish(lake, staging, journal, {*there, *journal["replaced"]})
-    except RunError:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Py4JError, OSError, KeyboardInterrupt) as error:
         reason = f"the next start of etl.py finishes it: {explain(error)}"
         raise RunError(f"publishing was cut off, {reason}") from error
 
@@ -867,14 +943,14 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
         list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
     emptied = folders_of(journal["replaced"]) - folders_of(targets.values())
     for folder in sorted(emptied, reverse=True):
-        with suppress(Py4JJavaError, OSError):  # Another's file is in it.
+        with suppress(Py4JError, OSError):  # Another's file is in it.
             lake.delete(folder)
     lake.delete(f"{staging}/_journal.json")
 
 
 def folders_of(names: Iterable[str]) -> set[str]:
     """The folders above some files, but the lake itself."""
-    return {str(of) for name in names for of in PurePosixPath(name).parents} - {"."}
+    return {str(of) for name in names for of in Path(name).parents} - {"."}
 
 
 # --- Spark and S3 ---------------------------------------------------------------------
@@ -907,31 +983,34 @@ S3A_KEYS = {
 # What those packages name but Spark has already, or other clouds need.
 NOT_NEEDED = (
     "software.amazon.awssdk:bundle,com.amazonaws:aws-java-sdk-bundle,joda-time:*,"
-    "org.apache.hadoop:hadoop-client-*,org.apache.hadoop:hadoop-cloud-storage,"
+    "org.apache.hadoop:hadoop-client-*,org.apache.hadoop:hadoop-*cloud*,"
     "org.apache.hadoop:hadoop-azure*,com.google.cloud.bigdataoss:*,"
     "com.fasterxml.jackson.*:*,org.eclipse.jetty:*"
 )
 
 
-def uses_s3(settings: Settings) -> bool:
-    """True where INPUT or OUTPUT is on S3."""
-    return "s3" in (settings.input[:2], settings.output[:2])
-
-
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
     bytes of each file of INPUT by its name; nothing where they can't be listed."""
-    has_boto3 = find_spec("boto3") is not None
-    sizes = check_s3(settings) if uses_s3(settings) and has_boto3 else {}
-    if settings.input.startswith("file:"):
-        folder = escape(settings.input[len("file://") :])
-        found = filter(os.path.exists, glob(f"{folder}/**/*.json*", recursive=True))
-        sizes = {name: os.path.getsize(name) for name in found}
-    elif not settings.input.startswith("s3") or not has_boto3:
-        return sizes
-    for part, *_ in SOURCES.values():
+    has_boto3, sizes = find_spec("boto3") is not None, {}
+    hint = "give --input the folder of song_data/ and log_data/"
+    if has_boto3 and "s3" in (settings.input[:2], settings.output[:2]):
+        sizes = check_s3(settings)
+
+    def refuse(error: OSError) -> None:
+        raise SettingsError(f"INPUT {error.filename}: {error.strerror}: {hint}")
+
+    for part in SOURCES.values():
+        if settings.input.startswith("file:"):
+            folders = os.walk(f"{settings.input[7:]}/{part}", True, refuse, True)
+            files = (
+                f"{folder}/{name}" for folder, _, names in folders for name in names
+            )
+            files = (of for of in files if ".json" in of and os.path.exists(of))
+            sizes.update((of, os.path.getsize(of)) for of in files)
+        elif not settings.input.startswith("s3") or not has_boto3:
+            continue
         if not any(f"/{part}/" in f"/{name}" for name in sizes):
-            hint = "give --input the folder of song_data/ and log_data/"
             lack = f"INPUT {settings.input} holds no {part}/ with .json or .json.gz"
             raise SettingsError(f"{lack} files: {hint}")
     return sizes
@@ -951,20 +1030,21 @@ def check_s3(settings: Settings) -> dict[str, int]:
     config = Config(connect_timeout=2, read_timeout=10, retries=retries, s3=style)
     try:
         client = boto3.client("s3", region_name=region, config=config, **aws)
-        for part, *_ in SOURCES.values() if uri.startswith("s3") else ():
+        for part in SOURCES.values() if uri.startswith("s3") else ():
             _, bucket, key = f"{uri}/{part}/".split("/", 3)[1:]
             pages = client.get_paginator("list_objects_v2")
             found = pages.paginate(Bucket=bucket, Prefix=key).search("Contents[]")
             sizes.update((of["Key"], of["Size"]) for of in found if of)
         uri = settings.output
         if uri.startswith("s3"):
-            _, bucket, key = f"{uri}/_probe-{uuid.uuid4().hex}".split("/", 3)[1:]
+            _, bucket, key = f"{uri}/_probe-{os.urandom(8).hex()}".split("/", 3)[1:]
             client.delete_object(Bucket=bucket, Key=key)  # What can't go must not come.
             client.put_object(Bucket=bucket, Key=key)
             client.delete_object(Bucket=bucket, Key=key)
         method = getattr(boto3.Session().get_credentials(), "method", None)
     except (BotoCoreError, ClientError, ValueError) as error:
-        raise SettingsError(f"{uri}: {explain(error)}") from error
+        hint = f" (ENDPOINT_URL {aws['endpoint_url']})" if "endpoint_url" in aws else ""
+        raise SettingsError(f"{uri}: {explain(error)}{hint}") from error
     if method == "sso" and not aws and pyspark.__version__ < "4":
         hint = "install pyspark 4, or set what aws configure export-credentials prints"
         raise SettingsError(f"Spark 3.5 knows no AWS SSO: {hint}")
@@ -991,7 +1071,7 @@ def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
 
 
 def start_own_spark(settings: Settings, is_small: bool) -> None:
-    """Starts pip's Spark, whose log is shown only when debugging."""
+    """Starts pip's Spark, whose progress bar is shown; its log, too, when debugging."""
     cores = os.cpu_count() or 1
     # A task waits for one small object after another.
     threads = max(32, cores) if settings.input.startswith("s3") else cores
@@ -1007,12 +1087,19 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
-        **(s3_options() if uses_s3(settings) else {}),
+        **(s3_options() if "s3a:" in settings.input + settings.output else {}),
     }
     if os.environ.get("LC_ALL") in ("C", "POSIX"):  # Java passes over names with é.
         os.environ["LC_ALL"] = "C.UTF-8"
     reader, writer = os.pipe()
-    threading.Thread(target=relay, args=(reader, settings.debug), daemon=True).start()
+
+    def relay() -> None:
+        for chunk in iter(lambda: os.read(reader, 65536), b""):
+            if settings.debug or chunk.startswith(b"\r"):  # The bar begins with it.
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+
+    threading.Thread(target=relay, daemon=True).start()
     try:
         conf = SparkConf(loadDefaults=False).setAll(list(options.items()))
         gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})
@@ -1025,14 +1112,6 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         os.close(writer)
     files = context._jvm.org.apache.hadoop.fs.FileSystem  # shall write no .crc files
     files.getLocal(context._jsc.hadoopConfiguration()).setWriteChecksum(False)
-
-
-def relay(reader: int, everything: bool) -> None:
-    """Shows what a JVM prints: its progress bar, or everything."""
-    for chunk in iter(lambda: os.read(reader, 65536), b""):
-        if everything or chunk.startswith(b"\r"):  # The bar alone begins with it.
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.flush()
 
 
 def s3_packages() -> str:
@@ -1063,6 +1142,10 @@ def s3_options() -> dict[str, str]:
         f"{s3a}.directory.operations.purge.uploads": "true",  # of a run that was killed
         f"{s3a}.committer.magic.track.commits.in.memory.enabled": "true",
         f"{s3a}.input.stream.type": "prefetch",
+        # A dead server is waited for some seconds, not minutes.
+        f"{s3a}.attempts.maximum": "2",
+        f"{s3a}.retry.limit": "2",
+        f"{s3a}.connection.timeout": "10s",
     }
 
 
@@ -1134,8 +1217,8 @@ class Settings:
     aws: dict[str, str] = field(repr=False)
 
 
-def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line, else dl.cfg, else the defaults."""
+def parse_settings(argv: Sequence[str] = ()) -> Settings:
+    """Settings from a command line, else dl.cfg, else the defaults."""
     here = os.path.dirname(os.path.abspath(__file__))
     about = "Makes five tables under OUTPUT of song_data/ and log_data/ under INPUT."
     parser = argparse.ArgumentParser("etl.py", description=about, allow_abbrev=False)
@@ -1146,8 +1229,12 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     parser.error = fail  # type: ignore[assignment,method-assign]
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings (default: dl.cfg, if there is one)")
-    add("--input", metavar="URI", help="holds song_data/ and log_data/")
-    add("--output", metavar="URI", help="the lake of the five tables")
+    add(
+        "--input",
+        metavar="URI",
+        help="holds song_data/ and log_data/ (default: data_sample/ beside etl.py)",
+    )
+    add("--output", metavar="URI", help="the lake of the five tables (default: lake/)")
     add("--database", metavar="NAME", help="register the tables in Spark's catalog")
     limit = "publish nothing above this fraction of bad records (default: 0.01)"
     add("--max-rejected", metavar="FRACTION", type=float, default=0.01, help=limit)
@@ -1175,21 +1262,24 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
     parser = configparser.RawConfigParser(None, inline_comment_prefixes="#")
     parser.default_section = ""
     parser.optionxform = str.upper  # type: ignore[assignment,method-assign]
+    problem = ""
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
         for section in parser.sections():
             for key, value in parser[section].items():
                 if key not in CONFIG_KEYS.get(section, ()):
+                    homes = [of for of, keys in CONFIG_KEYS.items() if key in keys]
+                    problem = f"move {key} under [{homes[0]}]: " if homes else ""
                     raise ValueError
-                if value.strip("'\""):
-                    config[section][key] = value.strip("'\"")
+                if value := value.strip("'\""):
+                    config[section][key] = value
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}: see dl.cfg.example") from None
     except (configparser.Error, ValueError):
         known = [f"[{name}] {' '.join(keys)}" for name, keys in CONFIG_KEYS.items()]
         hint = f"write each key once, as KEY = VALUE, under {' or '.join(known)}"
-        raise SettingsError(f"{path}: {hint}") from None
+        raise SettingsError(f"{path}: {problem}{hint}") from None
     return config
 
 
@@ -1206,29 +1296,48 @@ def to_uri(path: str) -> str:
     return re.sub("(?<!:)(?<!:/)/+", "/", path).rstrip("/")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_or_cancel(settings: Settings) -> dict[str, Any]:
+    """Runs the job in a thread of its own, since Ctrl-C amid a call of Java would mix up
+    the answers to later calls; ends it within 3 s of Ctrl-C, if nothing hangs."""
+    given = SparkContext._active_spark_context
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run, settings)
+        try:
+            return job.result()
+        except KeyboardInterrupt as error:
+            context = SparkContext._active_spark_context
+            until = time.monotonic() + (10 if context else 0)
+            while not wait([job], timeout=0.1).done and time.monotonic() < until:
+                with suppress(Exception):  # A Spark that starts can do neither.
+                    context.cancelAllJobs() if given else context.stop()
+            if not job.done():  # Java ends with this process, even if it starts.
+                hint = "the next start clears away what is left"
+                say(f"\netl.py: error: interrupted: {hint}")
+                os._exit(1)
+            if isinstance(job.exception(), (RunError, type(None))):
+                return job.result()
+            raise RunError("interrupted: no table is changed") from error
+
+
+def main(argv: Sequence[str] = ()) -> int:
     """Runs the job; returns the exit code: 0 published, 1 failed, 2 wrong settings."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%X")
-    log.setLevel(logging.INFO)
-    if threading.current_thread() is threading.main_thread():
-        # SIGTERM ends the run as Ctrl-C does, for which pyspark stops Spark's jobs.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     secrets: list[str] = []
     try:
         settings = parse_settings(argv)
         secrets = [settings.aws.get(key, "") for key in tuple(S3A_KEYS)[:3]]
-        if report := run(settings):
+        if report := run_or_cancel(settings):
             print(format_report(report))
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         text = f"etl.py: error: {explain(error)}"
-        if "--debug" in (sys.argv if argv is None else argv):
+        if "--debug" in argv:
             text = traceback.format_exc() + text
         for secret in (of for of in secrets if len(of) >= 16):  # AWS has no shorter.
             text = text.replace(secret, "***")
-        print(text, file=sys.stderr)
+        say(text)
         return 2 if isinstance(error, SettingsError) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    sys.exit(main(sys.argv[1:]))

@@ -83,13 +83,13 @@ def read_files(
 ) -> DataFrame:
     """The records of some songs' or events' files, by their paths, which are written."""
     for name, content in files.items():
-        path = folder / etl.SOURCES[kind][0] / name
+        path = folder / etl.SOURCES[kind] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
         path.write_bytes(data)
-    place = etl.to_uri(f"{folder}/{etl.SOURCES[kind][0]}")
+    place = etl.to_uri(f"{folder}/{etl.SOURCES[kind]}")
     records = etl.read_records(kind, etl.open_files(spark, place), place)
-    return records.drop(*etl.SOURCES[kind][3].folders)
+    return records.drop(*etl.MONTH) if kind == "events" else records
 
 
 def by_file(records: DataFrame, folder: Path) -> dict[str, list[Row]]:

@@ -47,4 +47,5 @@ if __name__ == "__main__":
             os.kill(os.getpid() if wanted == signal.SIGTERM else 0, wanted)
 
     etl.open_lake = lambda *arguments: watched(open_lake(*arguments), strike)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(etl.main(sys.argv[5:]))

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,20 @@ from pyspark.sql import functions as F
 import etl
 
 SECRET = "wJalrXUtnFEMIexample"
-STEP = re.compile(r"\d\d:\d\d:\d\d \w.*")
+STEP = re.compile(
+    r"Sparkify ETL: .* -> .*|[\d,]+ files: .*|All files are read, .*|"
+    r"(\d/5|Register) .*\. +\d+ s"
+)
 PLAYS = [play(itemInSession=number) for number in range(97)]
 
 
 @pytest.fixture(autouse=True)
-def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: a new one, with good input in `in` and an empty dl.cfg."""
     folder = write_input(tmp_path / "cwd" / "in", [song()], [play()]).parent
     (folder / "dl.cfg").touch()
     monkeypatch.chdir(folder)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield folder
-    signal.signal(signal.SIGTERM, handler)  # main() sets it.
+    return folder
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def failure(capsys: pytest.CaptureFixture[str], code: int, *flags: str) -> str:
     [
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--config", "mine.cfg"], "mine.cfg: No such file or directory"),
-        (["--input", "nowhere"], "/nowhere holds no song_data/"),
+        (["--input", "nowhere"], "/nowhere/song_data: No such file"),
     ],
 )
 def test_command_refuses_in_one_line_before_spark_starts(
@@ -159,6 +159,18 @@ def test_wrong_settings_file_is_told_the_sections_and_keys_without_showing_a_val
     assert printed.startswith("Traceback (most recent call last):")
     assert printed.splitlines()[-1] == line
     assert SECRET.lower() not in printed.lower()
+
+
+def test_setting_in_the_wrong_section_is_told_where_it_belongs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("dl.cfg").write_text(f"[AWS]\nINPUT = {SECRET}\n")
+    assert "dl.cfg: move INPUT under [LAKE]: " in failure(capsys, 2)
+
+
+def test_settings_value_ends_where_a_comment_begins(cwd: Path) -> None:
+    (cwd / "dl.cfg").write_text("[LAKE]\nOUTPUT = /tmp/x  # my lake\n")
+    assert etl.parse_settings([]).output == "file:///tmp/x"
 
 
 def test_importing_reads_no_settings_and_starts_nothing(cwd: Path, java: Path) -> None:
@@ -248,13 +260,23 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lake"
 
 
+TOO_MANY = (
+    "2 of 100 records are bad, over --max-rejected 0.0199: 2 events are 'not JSON'"
+)
+TOO_MANY += r", as in \S*/in/log_data/\S*\.json; see "
+
+
 @pytest.mark.parametrize(
     ("songs", "events", "reason"),
     [
-        ([song()], [*PLAYS, "foo", "{"], "2 of 100 records are bad, over --max-reject"),
-        ([""], [play()], "no song in file:.*/song_data: check --input"),
-        ([song()], [play(page="Home")], "no play .page NextSong. in file:.*/log_data"),
-        ([song()], ["", " "], r"no play \(page NextSong\) in file:.*/log_data: check"),
+        (
+            [song()],
+            [*PLAYS, "foo", "{"],
+            TOO_MANY,
+        ),
+        ([""], [play()], "no song in /.*/song_data: check --input"),
+        ([song()], [play(page="Home")], "no play .page NextSong. in /.*/log_data"),
+        ([song()], ["", " "], r"no play \(page NextSong\) in /.*/log_data: check"),
     ],
     ids=["too many bad records", "no song", "no play", "no event"],
 )
@@ -279,7 +301,7 @@ def test_input_that_is_not_worth_publishing_ends_with_1_and_leaves_the_tables(
         "_rejected",
     }
     if "foo" in events:
-        assert f"file://{lake}/_rejected" in line
+        assert f"; see {lake}/_rejected (" in line
         assert len([*lake.glob("_rejected/*")]) == rejected + 1
         failure(capsys, 1, *flags)  # into a lake of its own
         assert [path.name for path in Path("lake").iterdir()] == ["_rejected"]
@@ -304,7 +326,7 @@ def test_corrupt_gzip_file_is_named_in_one_line(
 
 def test_explanation_is_one_line_and_never_empty(spark: SparkSession) -> None:
     assert etl.explain(ValueError(" \n ")) == "ValueError"
-    assert etl.explain(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert etl.explain(KeyboardInterrupt()) == "interrupted"
     with pytest.raises(Exception) as of_worker:
         spark.range(1).select(F.udf(lambda number: 1 // number)("id")).collect()
     (line,) = etl.explain(of_worker.value).splitlines()
@@ -326,7 +348,7 @@ def facts_of(caller: SparkSession) -> dict[str, Any]:
         "tables": [table.name for table in caller.catalog.listTables()],
         "logs": logs.LogManager.getRootLogger().getLevel().toString(),
         "signals": [signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM)],
-        "log": (list(logging.root.handlers), logging.root.level, etl.log.level),
+        "log": (list(logging.root.handlers), logging.root.level),
     }
 
 
@@ -372,7 +394,9 @@ def test_terminal_shows_the_jobs_own_lines_and_sparks_progress_bar(cwd: Path) ->
     lines = [line.split("\r")[-1] for line in printed.split("\r\n")[:-1]]
     assert [line for line in lines if not STEP.fullmatch(line)] == []
     steps = " ".join(lines)
-    assert re.search("start.* read.* build.* check.* publish", steps), steps
-    assert "744  rows of songplays" in report
+    assert re.search(
+        "1/5 Start.* 2/5 Read.* 3/5 Build.* 4/5 Check.* 5/5 Publish", steps
+    ), steps
+    assert re.search(r"^songplays +744$", report, re.MULTILINE)
     assert (cwd / "lake/_reports").is_dir()
     assert sorted(path.name for path in cwd.iterdir()) == ["dl.cfg", "in", "lake"]

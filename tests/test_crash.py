@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import QUICK_SPARK, ROOT, read_table
 from makers import TS, play, song, write_input
@@ -127,9 +128,8 @@ def error_line(process: subprocess.Popen[str]) -> str:
     """The one line that a run prints that fails, beside its steps."""
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1, printed
-    lines = printed.splitlines()
-    (line,) = (line for line in lines if not re.match(r"\d\d:\d\d:\d\d ", line))
-    assert line.startswith("etl.py: error: ")
+    (line,) = re.findall("^etl.py: error: .*", printed, re.MULTILINE)
+    assert printed.endswith(f"{line}\n")
     return line
 
 
@@ -149,21 +149,23 @@ def open_faulty(n: int, mode: str, struck: list[str], *arguments: Any) -> etl.La
 def test_run_with_a_fault_at_a_call_leaves_old_or_new_tables(
     mode: str, step: int, made: Path, lake: Path, recover: Any
 ) -> None:
-    """The next run makes the new ones, which are the old ones of the next round."""
+    """The next run makes the new ones, which are the old ones of the next round. The runs
+    but the first find their input's files changed, and publish months of them."""
     sources = itertools.cycle(["new", "old"])
     old = rows_of(lake)
     for n, source in zip(itertools.count(step // 2, step), sources):
         new, struck = rows_of(made / f"{source} lake"), []
+        shutil.copytree(made / source, lake.parent / "in", dirs_exist_ok=True)
         with pytest.MonkeyPatch.context() as patch, suppress(Exception):
             patch.setattr(etl, "open_lake", partial(open_faulty, n, mode, struck))
-            run(made / source, lake)
+            run(lake.parent / "in", lake)
         if not struck:
             break
         seen = rows_of(lake)
         assert holds(seen, old) or holds(seen, new), struck
         recover()
         assert rows_of(lake) in (old, new), struck
-        run(made / source, lake)
+        run(lake.parent / "in", lake)
         assert rows_of(lake) == new, struck
         assert not (lake / "_staging").exists(), struck
         old = new
@@ -189,15 +191,32 @@ def test_interrupted_run_leaves_the_tables_as_they_were(
 
 
 @pytest.mark.long
-def test_run_that_is_interrupted_while_it_publishes_is_finished_by_the_next(
-    made: Path, lake: Path, recover: Any
+def test_run_that_is_interrupted_while_it_publishes_finishes_that(
+    made: Path, lake: Path
 ) -> None:
     driver = ("SIGTERM", "before", "rename", "/songplays/")
     with job(flags_for(made / "new", lake), *driver) as process:
-        assert "the next start of etl.py finishes it" in error_line(process)
-    assert holds(rows_of(lake), rows_of(made / "old lake"))
-    recover()
+        assert process.wait(120) == 0
     assert rows_of(lake) == rows_of(made / "new lake")
+    assert not (lake / "_staging").exists()
+
+
+@pytest.mark.parametrize("pause", [0.8, *long(0.4)])
+def test_run_that_is_interrupted_ends_with_a_line_and_no_process(
+    pause: float, made: Path, lake: Path, recover: Any
+) -> None:
+    """By Ctrl-C or SIGTERM at one moment after another of Spark's start."""
+    for n in range(1, int(4 / pause)):
+        with job(flags_for(made / "new", lake)) as process:
+            time.sleep(pause * n)
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal([signal.SIGINT, signal.SIGTERM][n % 2])
+            moment = time.monotonic()
+            assert "error: interrupted: " in error_line(process)
+            assert time.monotonic() - moment < 5  # 3 s without other work
+            assert psutil.wait_procs(started, timeout=30)[1] == []
+        recover()
+        assert files_of(lake) == files_of(made / "old lake")
 
 
 def test_run_that_is_stopped_and_taken_over_publishes_nothing(

@@ -22,15 +22,18 @@ from pyspark.sql import SparkSession
 import etl
 
 OCTOBER, NOVEMBER = "songplays/year=2018/month=10", "songplays/year=2018/month=11"
-OLD = [f"{folder}/part-run0-0.parquet" for folder in (OCTOBER, NOVEMBER, "users")]
-NEW = [f"{folder}/part-0.parquet" for folder in (NOVEMBER, "users", "songs/year=2001")]
+RECORDS = "_records/events/year=2018/month=11"
+OLD = [f"{of}/part-run0-0.parquet" for of in (OCTOBER, NOVEMBER, "users", RECORDS)]
+OLD += ["_records/_manifest-run0.json"]
+FOLDERS = (NOVEMBER, "users", "songs/year=2001", RECORDS)
+NEW = [*(f"{of}/part-0.parquet" for of in FOLDERS), "_records/_manifest-{}.json"]
 OTHERS = ["_reports/{}.json", "_rejected/{}/part-0.json"]  # They are published, too.
 NEVER = ["users/_temporary/0/part-0.parquet"]
 STAGED = [name.format("run1") for name in (*NEW, *OTHERS)]
 TARGETS = {name: name.replace("part-", "part-run1-") for name in STAGED}
 FOREIGN = {"README.md", "users/notes.txt", "podcasts/part-0.parquet"}
 OLD_ROWS = {f"run0 {name}" for name in OLD}
-ROWS = {run: {f"{run} {name}" for name in NEW} for run in ("run1", "run2")}
+ROWS = {run: {f"{run} {of.format(run)}" for of in NEW} for run in ("run1", "run2")}
 MakeLake = Callable[[], etl.Lake]
 
 
@@ -44,7 +47,7 @@ def fill(folder: Path, run_id: str, *names: str) -> None:
     for name in names:
         path = folder / name.format(run_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{run_id} {name}")
+        path.write_text(f"{run_id} {name.format(run_id)}")
 
 
 def files_of(lake: etl.Lake, below: str = "") -> set[str]:
@@ -54,9 +57,12 @@ def files_of(lake: etl.Lake, below: str = "") -> set[str]:
 
 
 def rows_of(lake: etl.Lake) -> set[str]:
-    """The rows that a reader of the five tables finds, and the names of staged files."""
-    names = {name for table in etl.TABLES for name in files_of(lake, table)}
-    rows = {(folder_of(lake) / n).read_text() for n in names if n.endswith(".parquet")}
+    """The rows in the tables, records and manifest, and the names of staged files."""
+    names = {
+        of for folder in (*etl.TABLES, "_records") for of in files_of(lake, folder)
+    }
+    names = {of for of in names if of.endswith((".parquet", ".json"))}
+    rows = {(folder_of(lake) / name).read_text() for name in names}
     return rows | files_of(lake, "_staging")
 
 
@@ -88,7 +94,7 @@ def publish(lake: etl.Lake, run_id: str = "run1", break_lock: bool = False) -> N
     """A run that replaces all tables."""
     with etl.claimed(lake, run_id, break_lock) as staging:
         fill(folder_of(lake) / staging, run_id, *NEW, *OTHERS, *NEVER)
-        old = [name for table in etl.TABLES for name in lake.files(table)]
+        old = [of for name in (*etl.TABLES, "_records") for of in lake.files(name)]
         etl.publish(lake, staging, old)
 
 
@@ -160,9 +166,9 @@ def test_reader_in_a_loop_never_sees_fewer_rows(lake: etl.Lake) -> None:
         while not publishing.done():
             found = list(folder.glob("songplays/*/*/*.parquet"))
             with suppress(FileNotFoundError):  # The reader lists again.
-                looks.append({path.read_text().split()[1] for path in found})
+                looks.append({path.parent.name for path in found if path.read_text()})
     publishing.result()
-    assert all(look >= set(months) for look in looks)
+    assert all(look >= {f"month={n}" for n in range(60)} for look in looks)
     assert len(looks) > 5
 
 
@@ -317,7 +323,7 @@ def test_file_that_is_both_staged_and_in_place_is_published_once(
 ) -> None:
     """S3A copies and then deletes, and may be killed between. HDFS refuses to rename onto
     a file by False, S3A by an error."""
-    kill_publish(lake, moved=3, copied=3)
+    kill_publish(lake, moved=len(NEW), copied=len(NEW))
     rename = partial(fail, lake) if answer == "error" else lambda: answer
     start(watched(lake, before("rename", "/part-0.parquet", rename)))
     assert rows_of(lake) == ROWS["run1"]

@@ -1,29 +1,40 @@
-"""README's commands, policies, settings and queries, held against what takes them."""
+"""README's commands, policies, output, SQL and tables, held against what takes them."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Callable
 
 import botocore.session
 import duckdb
+import pyarrow.parquet as pq
 import pytest
+import sqlglot
 from botocore.validate import ParamValidator
-from conftest import ROOT
+from conftest import ROOT, run_command
 from pyspark.sql import SparkSession
+from sqlglot import exp
 
 import etl
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README)
+HOME = "/home/me/sparkify"  # where README has its clone
 
 
-def blocks(language: str) -> list[str]:
-    """README's code blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, part: str = "") -> list[str]:
+    """README's code blocks of a language that hold some text."""
+    return [text for kind, text in BLOCKS if kind == language and part in text]
 
 
 # A line that goes on with a command begins with a space or a bracket.
@@ -32,57 +43,65 @@ COMMANDS = [
     for block in blocks("bash")
     for command in re.findall(r"(?m)^(?:aws|python) .*(?:\n(?![a-z#]).*)*", block)
 ]
-AWS = [words for words in COMMANDS if words[0] == "aws" and words[1] != "s3"]
+CUSTOM = {"s3", "create-default-roles"}  # what the command line alone knows
+AWS = [of for of in COMMANDS if of[0] == "aws" and not CUSTOM & set(of[1:3])]
 # Actions that IAM knows, which are not the API's names.
-S3_ACTIONS = "ListBucket ListBucketMultipartUploads GetObject PutObject DeleteObject"
-S3_ACTIONS += " AbortMultipartUpload"
+KNOWN = {"sts:AssumeRole", "s3:ListBucket", "s3:ListBucketMultipartUploads"}
+KNOWN |= {"s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
+# SQL's types by those in the files, as sqlglot names them.
+OF_FILE = {"int64": "BIGINT", "int32": "INT", "string": "TEXT", "double": "DOUBLE"}
+OF_FILE["timestamp[us, tz=UTC]"] = "TIMESTAMP"
 
 
 def options(words: list[str]) -> dict[str, list[str]]:
-    """The values of each --option of a command."""
+    """The values of each --option of a command, but of one that every command has."""
     found: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
             values = found.setdefault(word, [])
         elif found:
             values.append(word)
-    return found
+    return {name: values for name, values in found.items() if name != "--query"}
 
 
-def pairs(value: str) -> dict[str, Any]:
+def pairs(value: str) -> dict[str, str]:
     """What KEY=VALUE,... says."""
     return dict(pair.split("=", 1) for pair in value.split(","))
 
 
+def parse(shape: Any, value: str) -> Any:
+    """A parameter as its shape wants it, given as text, JSON or KEY=VALUE,..."""
+    if shape.type_name == "string":
+        return blocks("json")[0] if value == "file://policy.json" else value
+    if value[0] in "[{" or shape.type_name == "long":
+        return json.loads(value)
+    if shape.type_name == "list":
+        return [parse(shape.member, value)]
+    return {key: parse(shape.members[key], of) for key, of in pairs(value).items()}
+
+
 def step(of: dict[str, Any]) -> dict[str, Any]:
     """The API's form of a step of the command line."""
-    assert of["Type"] == "CUSTOM_JAR"
-    rest = {key: of[key] for key in ("Name", "ActionOnFailure")}
-    return {**rest, "HadoopJarStep": {key: of[key] for key in ("Jar", "Args")}}
+    assert of.pop("Type") == "Spark"
+    arguments = ["spark-submit", *of.pop("Args")]
+    return {**of, "HadoopJarStep": {"Jar": "command-runner.jar", "Args": arguments}}
 
 
-# `aws emr` has options of its own; those of other services are named as in the API.
+# What `aws emr` makes of options that aren't named as in the API.
 EMR: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-    "--name": lambda v: {"Name": v[0]},
-    "--release-label": lambda v: {"ReleaseLabel": v[0]},
     "--applications": lambda v: {"Applications": [pairs(of) for of in v]},
-    "--log-uri": lambda v: {"LogUri": v[0]},
-    "--use-default-roles": lambda v: {"ServiceRole": "EMR_DefaultRole"},
     "--ec2-attributes": lambda v: {
-        "Instances": {"Ec2SubnetIds": [pairs(v[0])["SubnetIds"]]}
+        "JobFlowRole": pairs(v[0])["InstanceProfile"],
+        "Instances": {"Ec2SubnetId": pairs(v[0])["SubnetId"]},
     },
-    "--auto-termination-policy": lambda v: {
-        "AutoTerminationPolicy": {key: int(of) for key, of in pairs(v[0]).items()}
-    },
-    "--bootstrap-actions": lambda v: {
-        "BootstrapActions": [{"Name": "", "ScriptBootstrapAction": pairs(v[0])}]
-    },
-    "--instance-fleets": lambda v: {"Instances": {"InstanceFleets": json.loads(*v)}},
-    "--configurations": lambda v: {"Configurations": json.loads(*v)},
+    "--instance-type": lambda v: {"Instances": {"MasterInstanceType": v[0]}},
+    "--instance-count": lambda v: {"Instances": {"InstanceCount": int(v[0])}},
     "--cluster-id": lambda v: {"JobFlowId": v[0]},
+    "--cluster-ids": lambda v: {"JobFlowIds": v},
     "--steps": lambda v: {"Steps": [step(of) for of in json.loads(*v)]},
 }
 OPERATIONS = {"create-cluster": "RunJobFlow", "add-steps": "AddJobFlowSteps"}
+OPERATIONS["terminate-clusters"] = "TerminateJobFlows"
 
 
 def api_call(words: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -90,21 +109,17 @@ def api_call(words: list[str]) -> tuple[Any, dict[str, Any]]:
     service, verb = words[1:3]
     model = botocore.session.get_session().get_service_model(service)
     operation = OPERATIONS.get(verb, verb.title().replace("-", ""))
-    shape, parameters = model.operation_model(operation).input_shape, {}
-    of_option = {
-        "--" + re.sub("([A-Z])", r"-\1", name).lower().lstrip("-"): name
-        for name in shape.members
-    }
+    shape = model.operation_model(operation).input_shape
+    parameters: dict[str, Any] = {}
     for option, values in options(words).items():
-        if verb in OPERATIONS:
+        name = option.title().replace("-", "")
+        if verb in OPERATIONS and option in EMR:
             for name, value in EMR[option](values).items():
                 both = parameters.get(name, {}) if name == "Instances" else None
                 parameters[name] = {**both, **value} if both is not None else value
             continue
-        name, (value,) = of_option[option], values
-        if shape.members[name].type_name != "string":
-            value = json.loads(value) if value[0] in "[{" else pairs(value)
-        parameters[name] = value
+        name = {of.lower(): of for of in shape.members}[name.lower()]
+        parameters[name] = parse(shape.members[name], *values)
     for name, member in shape.members.items():
         if member.metadata.get("idempotencyToken"):  # The command makes these up.
             parameters[name] = "0" * 36
@@ -112,8 +127,7 @@ def api_call(words: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def find_wrong(shape: Any, value: Any, at: str = "") -> list[str]:
-    """Where a value is none of its shape's enumeration or unlike its pattern; botocore
-    leaves both to the service."""
+    """Where a value isn't of its shape's enumeration or pattern: botocore doesn't look."""
     if shape.type_name == "structure":
         inner = [(shape.members[name], of, name) for name, of in value.items()]
     elif shape.type_name == "list":
@@ -130,6 +144,25 @@ def find_wrong(shape: Any, value: Any, at: str = "") -> list[str]:
     return [e for of, part, name in inner for e in find_wrong(of, part, f"{at}/{name}")]
 
 
+@pytest.fixture(scope="module")
+def sample(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, str]]:
+    """The current folder, which has the lake of data_sample; what the job printed."""
+    folder = tmp_path_factory.mktemp("sample")
+    flags = ["--config", os.devnull, f"--output={folder}/lake"]
+    out, pool = io.StringIO(), ThreadPoolExecutor(1)  # main leaves signals alone there.
+    with redirect_stderr(out), redirect_stdout(out):
+        assert pool.submit(etl.main, flags).result() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder, out.getvalue()
+
+
+def test_readme_is_one_sitting_long() -> None:
+    assert len(README.splitlines()) <= 340
+
+
 @pytest.mark.parametrize("words", AWS, ids=lambda words: " ".join(words[1:3]))
 def test_aws_command_is_one_that_the_service_takes(words: list[str]) -> None:
     shape, parameters = api_call(words)
@@ -138,50 +171,127 @@ def test_aws_command_is_one_that_the_service_takes(words: list[str]) -> None:
     assert find_wrong(shape, parameters) == []
 
 
-def test_actions_of_policies_are_ones_that_iam_knows() -> None:
-    model = botocore.session.get_session().get_service_model("glue")
-    on_s3 = {f"s3:{name}" for name in S3_ACTIONS.split()}
-    known = on_s3 | {f"glue:{name}" for name in model.operation_names}
-    policies = [json.loads(of) for of in blocks("json") if '"Statement"' in of]
-    statements = [statement for of in policies for statement in of["Statement"]]
-    actions = {action for statement in statements for action in statement["Action"]}
-    assert actions >= on_s3
-    assert actions - known == set()
+def test_policies_allow_known_actions_on_every_folder_that_commands_name() -> None:
+    glue = botocore.session.get_session().get_service_model("glue").operation_names
+    texts = [*blocks("json"), api_call(AWS[0])[1]["AssumeRolePolicyDocument"]]
+    statements = [of for text in texts for of in json.loads(text)["Statement"]]
+    actions = re.findall(r"\w+:[A-Z]\w+", str([of["Action"] for of in statements]))
+    assert KNOWN <= set(actions) <= KNOWN | {f"glue:{name}" for name in glue}
+    allowed = re.findall(r"arn:aws:s3:::([^\"]+)", texts[0])
+    for name in re.findall(r"s3://(my-bucket/(?!athena)[\w./-]+)", str(COMMANDS)):
+        assert any(fnmatch(f"{name}/x", pattern) for pattern in allowed), name
 
 
 def test_flags_and_settings_are_those_of_the_job(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         etl.parse_settings(["--help"])
-    known = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE)) == known
-    lines = [words[2:] for words in COMMANDS if words[:2] == ["python", "etl.py"]]
-    runs = [api_call(of)[1] for of in AWS if of[2] == "start-job-run"]
-    lines += [of["jobDriver"]["sparkSubmit"]["entryPointArguments"] for of in runs]
-    assert len(lines) > 2
+    known = re.findall(r"(?m)^  (--.+?)\s{2,}(.+)$", capsys.readouterr().out)
+    rows = re.findall(r"(?m)^\| `(--[^`]+)` \| (\S+ \w+` )?\| (.+) \|$", README)
+    assert [(flag, words) for flag, _, words in rows] == known
+    lake = [f"`[LAKE] {key}` " for key in etl.CONFIG_KEYS["LAKE"]]
+    assert [key for _, key, _ in rows if key] == lake
     example = (ROOT / "dl.cfg.example").read_text(encoding="utf-8")
-    every_key = re.sub(r"^# (?=[A-Z_]+ =)", "", example, flags=re.MULTILINE)
-    for text in [*blocks("ini"), example, every_key]:
-        (tmp_path / "dl.cfg").write_text(text)
-        lines.append([f"--config={tmp_path}/dl.cfg"])
+    every_key = re.sub(r"(?m)^# (?=[A-Z_]+ =)", "", example)
+    keys = re.findall(r"(?m)^([A-Z_]+) =", every_key)
+    assert keys == [of for section in etl.CONFIG_KEYS.values() for of in section]
+    (tmp_path / "dl.cfg").write_text(example)
+    (tmp_path / "every.cfg").write_text(every_key)
+    monkeypatch.chdir(tmp_path)
+    os.system(*re.findall(r"(?m)^printf .+ >moto.cfg$", README))
+    lines = [words[2:] for words in COMMANDS if words[:2] == ["python", "etl.py"]]
+    lines += [of.split() for of in re.findall(r"`python etl\.py ([^`]+)`", README)]
+    lines += [["--config", "dl.cfg"], ["--config", "every.cfg"]]
+    calls = {words[2]: api_call(words)[1] for words in AWS}
+    drivers = [of["jobDriver"] for of in calls.values() if "jobDriver" in of]
+    arguments = calls["add-steps"]["Steps"][0]["HadoopJarStep"]["Args"]
+    lines.append(arguments[arguments.index("s3://my-bucket/code/etl.py") + 1 :])
+    lines += [of["sparkSubmit"]["entryPointArguments"] for of in drivers]
+    assert len(lines) > 7 and drivers
     for flags in lines:
         etl.parse_settings(flags)
-    keys = re.findall(r"^([A-Z_]+) =", every_key, re.MULTILINE)
-    assert sorted(keys) == sorted(re.findall(r"\b[A-Z_]{5,}\b", str(etl.CONFIG_KEYS)))
 
 
-def test_sql_runs_in_duckdb_beside_the_samples_lake(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_quick_start_prints_what_readme_shows(sample: tuple[Path, str]) -> None:
+    folder, printed = sample
+    printed = printed.replace(str(ROOT), HOME).replace(str(folder), HOME)
+    shown, answer = blocks("")
+    varies = r"(?m) +\d+ s$|(?<=_rejected/)\S+"  # seconds and the run
+    both = [re.sub(varies, "", text).splitlines() for text in (shown, printed)]
+    assert sorted(both[0]) == sorted(both[1])
+    (words,) = (of for of in COMMANDS if of[:2] == ["python", "-c"])
+    asked = run_command([sys.executable, *words[1:]], folder, PYTHONUTF8="1")
+    assert asked.stdout.strip() == answer.strip()
+    (rejected,) = re.findall(r'(?m)^`(\{"source_file.+)`$', README)
+    kept = "".join(of.read_text() for of in folder.glob("lake/_rejected/*/*.json"))
+    assert rejected in kept.replace(str(ROOT), HOME).splitlines()
+
+
+def test_example_records_are_of_the_sample_and_have_every_field() -> None:
+    (table,) = re.findall(r"(?m)^\| song \|.*\n.*\n((?:\|.*\n)+)", README)
+    examples: dict[str, str] = {}
+    for row in table.splitlines():
+        cells = [of.strip() for of in row.split("|")[1:-1]]
+        for names, values in zip(cells[::2], cells[1::2]):
+            found = re.sub(r" \(m?s\)| …", "", values)
+            several = found.split(", ") if "," in names else [found]
+            examples.update(zip(re.findall(r"\w+", names), several))
+    fields = re.findall(r"(\w+) (?:string|double|bigint|int)", str(etl.SCHEMAS))
+    assert sorted(examples) == sorted(fields)
+    files = (ROOT / "data_sample").rglob("*.json")
+    text = "".join(of.read_text(encoding="utf-8") for of in files)
+    text = re.sub(r'\\"|\\(?=/)', "", text)
+    for field, value in examples.items():
+        assert re.search(f'"{field}":"?{re.escape(value)}', text), field
+
+
+def test_queries_give_what_readme_shows_in_duckdb_and_spark(
+    spark: SparkSession, sample: tuple[Path, str]
 ) -> None:
-    etl.run(etl.parse_settings(["--config", os.devnull, f"--output={tmp_path}/lake"]))
-    monkeypatch.chdir(tmp_path)
-    queries, db = blocks("sql"), duckdb.connect()
-    assert len(queries) >= 4
-    for name in etl.TABLES:  # as Athena has them
-        db.sql(f"CREATE VIEW {name} AS FROM 'lake/{name}/**/*.parquet'")
-    queries += [api_call(of)[1]["QueryString"] for of in AWS if of[1] == "athena"]
-    for query in queries:
-        rows = db.sql(query).fetchall()
-        assert rows, query
-        assert all(any(of is not None for of in column) for column in zip(*rows)), query
+    session, (view,) = spark.newSession(), re.findall(r'f"(CREATE VIEW .+)"', README)
+    for table in etl.TABLES:
+        duckdb.sql(view.format(table=table))
+        rows = session.read.parquet(f"{sample[0]}/lake/{table}")
+        rows.createOrReplaceTempView(table)
+    (bars,) = re.findall(r'"plays.*\n +bar (\[.*\])', README)
+    queries = re.findall(r"(SELECT[^;]+);((?:\n-->.*)*)", *blocks("sql", "-->"))
+    assert len(queries) == 2
+    for query, shown in queries:
+        assert isinstance(sqlglot.parse_one(query, read="athena"), exp.Select)
+        rows = duckdb.sql(query).fetchall()
+        assert rows == list(map(tuple, session.sql(query).collect()))
+        in_text = "".join(f"\n--> {' | '.join(map(str, row))}" for row in rows)
+        assert in_text == shown or rows == list(enumerate(json.loads(bars)))
+
+
+def test_sql_of_athena_and_redshift_and_the_erd_have_the_columns_of_the_files(
+    sample: tuple[Path, str],
+) -> None:
+    (athena,), (redshift,) = blocks("sql", "MSCK"), blocks("sql", "COPY")
+    (erd,) = blocks("mermaid", "erDiagram")
+    defined: dict[str, list[str]] = {}
+    for dialect, text in (("athena", athena), ("redshift", redshift)):
+        text = text.replace("VARCHAR(MAX)", "TEXT").replace("VARCHAR", "TEXT")
+        for statement in sqlglot.parse(text, read=dialect):
+            parts = statement.find_all(exp.ColumnDef, bfs=False)
+            if columns := [f"{of.name} {of.kind.this.name}" for of in parts]:
+                defined[f"{dialect}.{statement.find(exp.Table).name}"] = columns
+    assert "FROM DATA CATALOG DATABASE 'sparkify'" in redshift
+    for table, contract in etl.TABLES.items():
+        file = next((sample[0] / "lake" / table).rglob("*.parquet"))
+        in_file = [f"{of.name} {OF_FILE[str(of.type)]}" for of in pq.read_schema(file)]
+        every = in_file + [f"{name} INT" for name in contract.folders]
+        (entity,) = re.findall(rf"(?s) {table} \{{ (.*?) \}}", erd)
+        drawn = re.findall(r"(\w+) (\w+)(?: [PF]K)?", entity.replace("string", "text"))
+        assert [f"{name} {of.upper()}" for of, name in drawn] == every
+        assert defined[f"athena.{table}"] == every
+        assert f"LOCATION 's3://my-bucket/lake/{table}/';" in athena
+        repaired = re.search(rf"MSCK REPAIR TABLE sparkify\.`?{table}`?;", athena)
+        assert bool(repaired) == bool(contract.folders)
+        copy = rf"COPY \"?{table}\"? FROM 's3://my-bucket/lake/{table}/' .*PARQUET;"
+        if re.search(copy, redshift):  # It loads what is in the files, in their order.
+            assert defined[f"redshift.{table}"] == in_file
+        else:
+            assert f"CREATE TABLE {table} AS SELECT * FROM lake.{table};" in redshift

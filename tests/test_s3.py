@@ -12,7 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import boto3
 import psutil
@@ -135,6 +138,53 @@ def test_run_from_bucket_to_bucket_equals_a_local_one_in_few_requests(
     assert [key for key, _ in added if not key.startswith(own)] == []
 
 
+@only_moto
+def test_next_day_requests_no_object_that_is_known(
+    spark: SparkSession,
+    server: Server,
+    source: str,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = f"--input=s3a://{source}/{PREFIX}", f"--output=s3a://{target}/lake"
+    etl.run(settings(server.config(), *flags))
+    put(server, source, f"{PREFIX}/log_data/new.json", to_json(play(ts=1)).encode())
+    requests: list[str] = []
+    monkeypatch.setattr(server, "fails", requests.append)
+    etl.run(settings(server.config(), *flags))
+    read = {of for of in requests if of.endswith(".json") and f"/{source}/" in of}
+    assert {of.split("/")[-1] for of in read} == {"new.json"}
+    written = {of for of in requests if of.startswith(("PUT", "COPY"))}
+    assert [of for of in written if "/month=11" in of or "/songs/" in of] == []
+
+
+@only_moto
+def test_server_that_dies_in_mid_run_ends_the_run_within_a_minute(
+    spark: SparkSession,
+    server: Server,
+    source: str,
+    target: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    died: list[float] = []
+
+    def fails(request: str) -> str | None:
+        if "/_staging/" in request and "/songplays/" in request and not died:
+            died.append(time.monotonic())
+        return "lost" if died else None
+
+    flags = f"--input=s3a://{source}/{PREFIX}", f"--output=s3a://{target}/lake"
+    settings(server.config())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(etl, "HEARTBEAT", 1)
+        patch.setattr(server, "fails", fails)
+        assert etl.main(flags) == 1
+    assert time.monotonic() - died[0] < 60
+    printed = capsys.readouterr().err
+    assert f"s3a://{target}/lake fails, trying again: " in printed
+    assert printed.splitlines()[-1].startswith("etl.py: error: ")
+
+
 def test_folder_may_hold_more_than_1000_objects(
     spark: SparkSession, server: Server, target: str
 ) -> None:
@@ -218,6 +268,13 @@ def test_input_without_songs_is_refused(
     assert objects(server, target) == before
 
 
+class NoS3(BaseHTTPRequestHandler):
+    """An HTTP server that answers each request with 501, and prints nothing."""
+
+    def log_message(self, *_: Any) -> None:
+        """Prints nothing."""
+
+
 KEY_ERROR = "InvalidAccessKeyId|SignatureDoesNotMatch|No user exists"
 NO_BUCKET = "s3a://no-such-bucket-314159/in"
 on_real_server = pytest.mark.skipif(not REAL_SERVER, reason="moto checks no signature")
@@ -232,6 +289,8 @@ on_real_server = pytest.mark.skipif(not REAL_SERVER, reason="moto checks no sign
         ({KEYS[1]: ""}, NO_BUCKET, "s3a://.*: .*aws_secret_access_key"),
         (dict.fromkeys(KEYS, ""), NO_BUCKET, "s3a://.*: .*locate credentials"),
         ({"ENDPOINT_URL": "localhost:9000"}, NO_BUCKET, "localhost:9000"),
+        ({"ENDPOINT_URL": "NO S3"}, NO_BUCKET, r"\(50|404\).*ENDPOINT_URL http:"),
+        ({"ENDPOINT_URL": "HTTPS"}, NO_BUCKET, "SSL.*ENDPOINT_URL https:"),
         pytest.param({KEYS[0]: "wrong"}, NO_BUCKET, KEY_ERROR, marks=on_real_server),
         pytest.param({KEYS[1]: "wrong"}, NO_BUCKET, KEY_ERROR, marks=on_real_server),
     ],
@@ -248,7 +307,12 @@ def test_what_botocore_refuses_is_told_in_its_words(
 ) -> None:
     flags = {"input": f"s3a://{source}/{PREFIX}", "output": "lake", side: uri}
     flags = [f"--{key}={value}" for key, value in flags.items()]
-    line = refusal(capsys, server.config(**config), *flags)
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoS3) as no_s3:
+        Thread(target=no_s3.serve_forever, daemon=True).start()
+        text = server.config(**config).replace("HTTPS", f"https:{server.endpoint[5:]}")
+        text = text.replace("NO S3", f"http://127.0.0.1:{no_s3.server_port}")
+        line = refusal(capsys, text, *flags)
+        no_s3.shutdown()
     assert re.search(reason, line), line
     assert "pgrade" not in line
     assert secrets_in(line, server) == []

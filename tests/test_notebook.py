@@ -1,0 +1,67 @@
+"""README's notebook, executed in a Jupyter kernel whose session the job finds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import QUICK_SPARK, ROOT
+from nbclient import NotebookClient
+from test_readme import README
+
+SECTION = README[README.index("## Notebook") : README.index("## Queries")]
+START, RUN = re.findall(r"(?ms)^```python\n(.*?)^```$", SECTION)
+(ON_EMR,) = re.findall(r"`(sc\..+?)`", SECTION)
+# What a caller has of its own, and its state.
+MINE = """
+import signal
+spark.conf.set("spark.sql.session.timeZone", "Asia/Tokyo")
+spark.range(3).createOrReplaceTempView("mine")
+
+def state():
+    settings = {row.key: row.value for row in spark.sql("SET").collect()}
+    keys = sc._jsc.hadoopConfiguration().iterator()
+    while keys.hasNext():
+        of = keys.next()
+        settings["hadoop: " + of.getKey()] = of.getValue()
+    views = [of.name for of in spark.catalog.listTables() if of.name != "songplays"]
+    return sc.appName, settings, views, [signal.getsignal(n) for n in (2, 15)]
+
+before = state()
+"""
+
+
+def execute(cells: list[str], folder: Path) -> list[str]:
+    """What each cell of a notebook prints and shows, when all are run in a folder."""
+    made = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    notebook = nbformat.v4.new_notebook(cells=made)
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=120, resources=where).execute()
+    return [
+        "".join(of.get("text") or of["data"]["text/plain"] for of in cell.outputs)
+        for cell in notebook.cells
+    ]
+
+
+def test_notebook_runs_the_job_on_its_session_which_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "data_sample", tmp_path / "data_sample")
+    (tmp_path / "dl.cfg").write_text("[LAKE]\nINPUT = data_sample\n")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("PYSPARK_SUBMIT_ARGS", QUICK_SPARK)
+    ready = f"{START}sc = spark.sparkContext\n{ON_EMR}"
+    ready = ready.replace("s3://my-bucket/code", str(ROOT))
+    found = "[of for of in zip(before, state()) if of[0] != of[1]]"
+    cells = [ready, MINE, RUN, found, "report['tables']['songplays']", "etl.main()"]
+    _, _, ran, changed, plays, code = execute(cells, tmp_path)
+    rows = re.findall(r"\| *(\w+)\| *(\d+)\|", ran)
+    assert f"This shows {', '.join(map(' '.join, sorted(rows)))}." in SECTION
+    assert "5/5 Publish" in ran
+    assert (changed, plays) == ("[]", "744")
+    assert "Nothing is new" in code
+    assert code.endswith("0")
