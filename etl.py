@@ -399,7 +399,8 @@ def read_files(lake: Lake, name: str, schema: str | StructType) -> DataFrame:
     try:
         return lake.spark.read.schema(schema).parquet(literal(f"{lake.root}/{name}"))
     except AnalysisException:  # There is no such folder.
-        return lake.spark.createDataFrame([], schema)
+        # So that Spark sees that there is nothing to do.
+        return lake.spark.createDataFrame([], schema).where("false")
 
 
 def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
