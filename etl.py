@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,8 +112,8 @@ IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
     AND sessionId IS NOT NULL"""
 HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
 PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
-# What is kept with a typed record: its file, a URL-encoded URI; why it is bad, if it is,
-# and its text then (as ISO-8859-1 if it isn't UTF-8).
+# What is kept with a typed record: its file, a URL-encoded URI; why it is bad, if it
+# is, and its text then (as ISO-8859-1 if it isn't UTF-8).
 RECORD, IS_GOOD = "source_file string, reason string, raw string", "reason IS NULL"
 SOURCES = {"songs": "song_data", "events": "log_data"}  # folders of INPUT
 SCHEMAS = {"songs": SONG_SCHEMA, "events": EVENT_SCHEMA}
@@ -151,7 +150,7 @@ def open_files(spark: SparkSession, folder: str, kind: str = "text") -> DataFram
 
 
 def list_files(lines: DataFrame) -> dict[str, list[int]]:
-    """The bytes and the time of change (ms) of each file of an input, by Hadoop's name."""
+    """The bytes and the time of change (ms) of each file, by the name Hadoop gives it."""
     index = lines._jdf.queryExecution().analyzed().relation().location()
     status = r"path=(.*); isDirectory=false; length=(\d+);.* modification_time=(\d+);"
     found = re.findall(status, index.allFiles().mkString("\n"))
@@ -159,15 +158,15 @@ def list_files(lines: DataFrame) -> dict[str, list[int]]:
 
 
 def is_of(files: Iterable[str]) -> Column:
-    """True where source_file is one of some files, which are given by Hadoop's names."""
+    """True where source_file is one of some files, which are named as by list_files."""
     quoted = (re.sub(r"(['\\])", r"\\\1", name) for name in files)
     names = ", ".join(f"'{name}'" for name in ("", *quoted))
     return F.expr(f"url_decode(replace(source_file, '+', '%2B')) IN ({names})")
 
 
 def read_texts(lines: DataFrame, folder: str) -> DataFrame:
-    """The texts of an input's files: a small local file is one, else a line is one. Out:
-    source_file (a URL-encoded URI), text string."""
+    """The texts of an input's files: a small local file is one, else a line is one.
+    Out: source_file (a URL-encoded URI), text string."""
     path = F.col("_metadata.file_path").alias("source_file")
     if not folder.startswith("file:"):  # A whole object would cost S3 one request more.
         return lines.select(path, F.col("value").alias("text"))
@@ -227,8 +226,8 @@ def split_text(text: Column) -> Column:
 def read_records(
     kind: str, lines: DataFrame, folder: str, files: Iterable[str] | None = None
 ) -> DataFrame:
-    """The typed songs or events, good or bad, of the files below a folder, or of some of
-    them. A blank string is null; a value of the wrong type makes a bad record.
+    """The typed songs or events, good or bad, of the files below a folder, or of some
+    of them. A blank string is null; a value of the wrong type makes a bad record.
     Out: RECORDS."""
     raw, texts = F.col("raw"), read_texts(lines, folder)
     texts = texts if files is None else texts.where(is_of(files))
@@ -295,17 +294,13 @@ def build_users(events: DataFrame) -> DataFrame:
     """One row a user id of any event, as the user's latest event describes the user; of
     several at that moment the one of the highest itemInSession.
     In: EVENT_SCHEMA. Out: user_id, first_name, last_name, gender, level string."""
-    return find_latest(events, "userId").selectExpr(
-        "userId AS user_id",
-        "firstName AS first_name",
-        "lastName AS last_name",
-        "gender",
-        "level",
-    )
+    names = ("userId AS user_id", "firstName AS first_name", "lastName AS last_name")
+    return find_latest(events, "userId").selectExpr(*names, "gender", "level")
 
 
 def find_latest(events: DataFrame, *key: str) -> DataFrame:
-    """The latest event of each key, which has userId: what describes the user."""
+    """What describes the user in the latest event of each key, which holds userId. Out:
+    the key; ts, itemInSession, sessionId, firstName, lastName, gender, level."""
     order = "ts, itemInSession, sessionId, firstName, lastName, gender, level"
     latest = F.expr(f"max(struct({order})) AS latest")
     events = events.where("userId IS NOT NULL").groupBy(*key).agg(latest)
@@ -398,17 +393,16 @@ def read_files(lake: Lake, name: str, schema: str | StructType) -> DataFrame:
     """The rows of the Parquet files below a folder of the lake, if there are any."""
     try:
         return lake.spark.read.schema(schema).parquet(literal(f"{lake.root}/{name}"))
-    except AnalysisException:  # There is no such folder.
-        # So that Spark sees that there is nothing to do.
+    except AnalysisException:  # There is no such folder. Spark plans no task for it:
         return lake.spark.createDataFrame([], schema).where("false")
 
 
 def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
-    """Checks the five tables as written, which are views by their names. The keys of
-    due_TABLE have to be those of that table; the rows of all_TABLE are only counted.
-    Returns, by view, its rows and how many have each foreign key. Raises RunError unless
-    every primary key is unique and not null, none is missing or too much, and every
-    foreign key that isn't null finds its row."""
+    """Checks views: the five tables as written, by their names; due_TABLE, which holds
+    the keys that a table must have; all_TABLE, whose rows are only counted. Returns, by
+    view, its rows and how many have each foreign key. Raises RunError unless every
+    primary key is unique and not null, there are as many as are due, and every foreign
+    key that isn't null finds its row."""
     queries = []
     for name, rows in views.items():
         rows.createOrReplaceTempView(name)
@@ -452,7 +446,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with step(f"1/5 Start Spark {pyspark.__version__}"):
         spark = start_spark(settings, sizes)
     lake, report = open_lake(spark, settings.output), {}
-    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
+    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(4).hex()}"
     with claimed(lake, run_id, settings.break_lock) as staging:
         news = find_news(lake, settings)
         if any(news.fresh.values()) or news.gone or not news.kept:
@@ -528,9 +522,8 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     run's report."""
     run_id, staged = staging.split("/")[1], replace(lake, root=f"{lake.root}/{staging}")
     with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
-        (songs, bad_songs), (events, bad_events) = pool.map(
-            lambda kind: stage_fresh(staged, news, kind), SOURCES
-        )
+        fresh = pool.map(lambda kind: stage_fresh(staged, news, kind), SOURCES)
+        (songs, bad_songs), (events, bad_events) = fresh
         new = {**songs, **events}
         if has_bad := any(of[2] for file in new.values() for of in file["counts"]):
             bad = bad_songs.unionAll(bad_events).repartitionByRange("source_file")
@@ -541,10 +534,15 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
             publish(lake, staging, replaced=())
             raise RunError(fault)
         changes = find_changes(news, new)
-        for kind in SOURCES:
-            stage_kept(lake, staged, news, changes, kind)
-    months = [f"{of // 100}-{of % 100:02}" for of in sorted(changes["songplays"] or ())]
-    what = "every month" if changes["songplays"] is None else ", ".join(months)
+        for kind in SOURCES:  # The records of known files in the months that change.
+            name = f"_records/{kind}"
+            if news.kept and (touched := changes[name]):
+                stays = F.expr(FOLDERS[name].month_id).isin(touched) & ~is_of(news.gone)
+                known = read_files(lake, name, RECORDS[kind]).where(stays)
+                write_files(known, staged, name)
+    months = sorted((changes["songplays"] or set()) - {0})
+    what = ", ".join(f"{of // 100}-{of % 100:02}" for of in months) or "users"
+    what = "every month" if changes["songplays"] is None else what
     with step(f"3/5 Build {what}"):
         views = stage_tables(lake, staged, changes)
     with step("4/5 Check the tables"):
@@ -553,16 +551,12 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
         records, reasons = sum_up(files)
         wholes = {name: counts.get(f"all_{name}", counts[name]) for name in TABLES}
         tables = {name: of["rows"] for name, of in wholes.items()}
-        for of, table in (
-            (records["songs"], "songs"),
-            (records["events"], "songplays"),
-        ):
+        for of, table in zip(records.values(), ("songs", "songplays")):
             of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
         report = {"run": run_id, "input": settings.input, "output": settings.output}
         report.update(built=what, records=records, tables=tables, rejected=reasons)
-        report.update(
-            plays=counts["songplays"], bad=has_bad, limit=settings.max_rejected
-        )
+        report.update(plays=counts["songplays"], bad=has_bad)
+        report["limit"] = settings.max_rejected
         staged.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
         manifest = json.dumps({**news.manifest, "files": files})
         staged.write(f"_records/_manifest-{run_id}.json", manifest)
@@ -574,8 +568,8 @@ def stage_fresh(
     staged: Lake, news: News, kind: str
 ) -> tuple[dict[str, Any], DataFrame]:
     """Stages the records of new and changed files, which are parsed once. Gives what a
-    manifest has of each file: its state, as list_files has it, and its counts, a list of
-    [kind, month as year * 100 + month or 0, reason or null, records, songs or plays];
+    manifest has of each file: its state, as list_files has it, and its counts, a list
+    of [kind, month as in find_changes, reason or null, records, songs or plays];
     and the bad records: source_file, reason, raw."""
     folder, name = f"{news.manifest['input']}/{SOURCES[kind]}", f"_records/{kind}"
     states = news.fresh[kind].items()
@@ -596,13 +590,16 @@ def stage_fresh(
     return files, bad
 
 
-def find_changes(news: News, new: dict[str, Any]) -> dict[str, set[int] | None]:
+Changes = dict[str, Any]  # a set of months, or None, for each of the FOLDERS
+
+
+def find_changes(news: News, new: dict[str, Any]) -> Changes:
     """The months, as year * 100 + month, in which each of the FOLDERS changes; 0 is the
-    month of what has none. None means every month."""
+    month of what has none. An empty set is no change, None is every month."""
     files = (*news.gone.values(), *new.values())
     found = {(kind, month) for of in files for kind, month, *_ in of["counts"]}
     songs, events = ({m for kind, m in found if kind == of} for of in SOURCES)
-    changes: dict[str, set[int] | None] = dict.fromkeys(FOLDERS)
+    changes: Changes = dict.fromkeys(FOLDERS)
     if news.manifest["files"]:
         changes.update(dict.fromkeys(("songs", "artists", "_records/songs"), songs))
         changes.update(dict.fromkeys(("_records/events", "_records/users"), events))
@@ -610,19 +607,7 @@ def find_changes(news: News, new: dict[str, Any]) -> dict[str, set[int] | None]:
     return changes
 
 
-def stage_kept(
-    lake: Lake, staged: Lake, news: News, changes: dict[str, set[int] | None], kind: str
-) -> None:
-    """Stages the records of known files in the months that change."""
-    name = f"_records/{kind}"
-    if news.kept and (months := changes[name]):
-        stays = F.expr(FOLDERS[name].month_id).isin(months) & ~is_of(news.gone)
-        write_files(read_files(lake, name, RECORDS[kind]).where(stays), staged, name)
-
-
-def stage_tables(
-    lake: Lake, staged: Lake, changes: dict[str, set[int] | None]
-) -> dict[str, DataFrame]:
+def stage_tables(lake: Lake, staged: Lake, changes: Changes) -> dict[str, DataFrame]:
     """Stages what changes of the tables. Gives the views that check_tables wants."""
 
     def complete(name: str, rows: DataFrame) -> DataFrame:
@@ -656,12 +641,12 @@ def stage_tables(
     for name in TABLES:
         rows = read_files(staged, name, tables[name].schema)
         views[name] = complete(name, rows)
-        if changes[name]:  # Only what some months have now is to be checked.
+        if changes[name]:  # Only some months: those are checked, the whole is counted.
             views[name], views[f"all_{name}"] = rows, views[name]
     return views
 
 
-def find_replaced(lake: Lake, changes: dict[str, set[int] | None]) -> list[str]:
+def find_replaced(lake: Lake, changes: Changes) -> list[str]:
     """The lake's files in whose place the run's come."""
     replaced = []
     for name in (of for folder in (*TABLES, "_records") for of in lake.files(folder)):
@@ -695,8 +680,9 @@ def find_fault(files: dict[str, Any], settings: Settings) -> str | None:
     if bad > settings.max_rejected * read:
         [(why, count)] = reasons.most_common(1)
         kind, _, reason = why.partition(": ")
-        file = next(of for of in files if f"'{reason}'" in str(files[of]["counts"]))
-        most = f"{count:,} {kind} are '{reason}', as in {unquote(file)}"
+        found = ((of, file) for file, it in files.items() for of in it["counts"])
+        file = next(file for of, file in found if (of[0], of[2]) == (kind, reason))
+        most = f"{count:,} {kind} are '{reason}', as in {file}"
         hint = " (objects over several lines are for small local files)"
         kept = f"see {settings.output}/_rejected{hint if reason == 'not JSON' else ''}"
         limit = f"over --max-rejected {settings.max_rejected:g}"
@@ -710,23 +696,22 @@ def find_fault(files: dict[str, Any], settings: Settings) -> str | None:
 def format_report(report: dict[str, Any]) -> str:
     """A report as a person reads it."""
     records, plays = report["records"].items(), report["plays"]
+    built = plays["rows"]
     lines = ["Input    " + "".join(f"{of:>12}" for of in report["records"]["songs"])]
     for kind, of in records:
         lines.append(f"{kind:9}" + "".join(f"{count:12,}" for count in of.values()))
     lines += ["", "Table            rows"]
     lines += [f"{name:9}{rows:12,}" for name, rows in report["tables"].items()]
     for what in ("song", "artist"):
-        found, share = plays[f"{what}_id"], plays[f"{what}_id"] / max(plays["rows"], 1)
-        lines.append(
-            f"{found:,} plays ({share:.0%}) have their {what} in the catalogue"
-        )
+        found = plays[f"{what}_id"]
+        share = f"{found:,} of {built:,} plays ({found / max(built, 1):.0%})"
+        lines.append(f"{share} that were built have their {what} in the catalogue")
     read, bad = (sum(of[n] for _, of in records) for n in ("read", "rejected"))
     share = f"{bad / read:.1%}, limit {report['limit']:.1%}"
     lines += ["", f"Rejected {bad:,} of {read:,} records ({share})"]
     lines += [f"{count:9,}  {why}" for why, count in sorted(report["rejected"].items())]
-    lines += (
-        [f"See {report['output']}/_rejected/{report['run']}"] if report["bad"] else []
-    )
+    if report["bad"]:
+        lines.append(f"See {report['output']}/_rejected/{report['run']}")
     lines.append(f"Next: query {report['output']}/songplays, as README.md shows")
     return re.sub("file:/+", "/", "\n".join(lines))
 
@@ -780,7 +765,7 @@ class Lake:
         return self.path_class(f"{self.root}/{name}")
 
     def files(self, folder: str) -> dict[str, int]:
-        """The files at any depth below a folder: when each was changed, by name (ms)."""
+        """The files at any depth below a folder, and when each was changed (ms)."""
         top = self.path(folder)
         if not self.fs.exists(top):
             return {}
@@ -810,11 +795,12 @@ class Lake:
         paths = (self.path(source), self.path(target))
         if not self.root.startswith("s3"):  # S3 has no folders.
             self.fs.mkdirs(paths[1].getParent())
-        with suppress(Py4JError):  # HDFS and a disk refuse a target that exists.
-            if self.fs.rename(*paths):
-                return
-        if not self.fs.exists(paths[1]):
-            raise OSError(f"{self.root}/{target}: it can't be moved there")
+        try:
+            reason = "" if self.fs.rename(*paths) else "can't be renamed to its place"
+        except Py4JError as error:
+            reason = explain(error)
+        if reason and not self.fs.exists(paths[1]):
+            raise OSError(f"{self.root}/{target}: {reason}")
 
     def delete(self, name: str, recursive: bool = False) -> None:
         """Deletes a file, an empty folder or, if recursive, any, where it is there."""
@@ -892,6 +878,8 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
             if not break_lock:
                 hint = "add --break-lock to discard it and replace every table"
                 raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
+            for name in lake.files("_records"):  # They are not all of what it says.
+                lake.delete(name) if "/_manifest-" in name else None
         lake.delete(other, recursive=True)
         say(f"Finished or cleared away what was left in {other}.")
 
@@ -1004,11 +992,11 @@ def preflight(settings: Settings) -> dict[str, int]:
     for part in SOURCES.values():
         if settings.input.startswith("file:"):
             folders = os.walk(f"{settings.input[7:]}/{part}", True, refuse, True)
-            files = (
-                f"{folder}/{name}" for folder, _, names in folders for name in names
+            paths = (f"{at}/{name}" for at, _, names in folders for name in names)
+            files = (of for of in paths if re.search(r"\.json(\.gz)?$", of))
+            sizes.update(
+                (of, os.path.getsize(of)) for of in files if os.path.exists(of)
             )
-            files = (of for of in files if ".json" in of and os.path.exists(of))
-            sizes.update((of, os.path.getsize(of)) for of in files)
         elif not settings.input.startswith("s3") or not has_boto3:
             continue
         if not any(f"/{part}/" in f"/{name}" for name in sizes):
@@ -1173,8 +1161,8 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
 
 
 def register_tables(lake: Lake, database: str) -> None:
-    """Registers the lake's tables in the catalog of the Spark at hand, in Hive's format,
-    which Athena and Redshift read. Raises RunError for a table that isn't external."""
+    """Registers the lake's tables in the catalog of the Spark at hand, in Hive's
+    format, which Athena and Redshift read. Raises RunError for a table that isn't external."""
     spark = lake.spark
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     for name, table in TABLES.items():
@@ -1230,17 +1218,18 @@ def parse_settings(argv: Sequence[str] = ()) -> Settings:
     parser.error = fail  # type: ignore[assignment,method-assign]
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings (default: dl.cfg, if there is one)")
-    add(
-        "--input",
-        metavar="URI",
-        help="holds song_data/ and log_data/ (default: data_sample/ beside etl.py)",
-    )
+    source = "holds song_data/ and log_data/ (default: data_sample/ beside etl.py)"
+    add("--input", metavar="URI", help=source)
     add("--output", metavar="URI", help="the lake of the five tables (default: lake/)")
     add("--database", metavar="NAME", help="register the tables in Spark's catalog")
     limit = "publish nothing above this fraction of bad records (default: 0.01)"
     add("--max-rejected", metavar="FRACTION", type=float, default=0.01, help=limit)
     add("--full", action="store_true", help="read all files, known ones too")
-    add("--break-lock", action="store_true", help="take over from a run that is dead")
+    add(
+        "--break-lock",
+        action="store_true",
+        help="take over from a dead run; read all files",
+    )
     add("--debug", action="store_true", help="show tracebacks and Spark's own log")
     parser.set_defaults(input=f"{here}/data_sample", output="lake")
     config = read_config(parser.parse_args(argv).config, here)
@@ -1298,8 +1287,8 @@ def to_uri(path: str) -> str:
 
 
 def run_or_cancel(settings: Settings) -> dict[str, Any]:
-    """Runs the job in a thread of its own, since Ctrl-C amid a call of Java would mix up
-    the answers to later calls; ends it within 3 s of Ctrl-C, if nothing hangs."""
+    """Runs the job in a thread of its own, since Ctrl-C amid a call of Java would mix
+    up the answers to later calls; ends it within 3 s of Ctrl-C, 10 s if Java hangs."""
     given = SparkContext._active_spark_context
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(run, settings)
@@ -1309,9 +1298,9 @@ def run_or_cancel(settings: Settings) -> dict[str, Any]:
             context = SparkContext._active_spark_context
             until = time.monotonic() + (10 if context else 0)
             while not wait([job], timeout=0.1).done and time.monotonic() < until:
-                with suppress(Exception):  # A Spark that starts can do neither.
+                with suppress(Exception):  # Another Ctrl-C isn't one.
                     context.cancelAllJobs() if given else context.stop()
-            if not job.done():  # Java ends with this process, even if it starts.
+            if not (job.done() or given):  # Java ends with this process.
                 hint = "the next start clears away what is left"
                 say(f"\netl.py: error: interrupted: {hint}")
                 os._exit(1)

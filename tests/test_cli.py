@@ -261,7 +261,7 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOO_MANY = (
-    "2 of 100 records are bad, over --max-rejected 0.0199: 2 events are 'not JSON'"
+    "3 of 101 records are bad, over --max-rejected 0.0199: 2 events are 'not JSON'"
 )
 TOO_MANY += r", as in \S*/in/log_data/\S*\.json; see "
 
@@ -270,7 +270,7 @@ TOO_MANY += r", as in \S*/in/log_data/\S*\.json; see "
     ("songs", "events", "reason"),
     [
         (
-            [song()],
+            [song(), "foo"],
             [*PLAYS, "foo", "{"],
             TOO_MANY,
         ),

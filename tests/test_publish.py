@@ -299,6 +299,16 @@ def test_recovery_that_is_stuck_deletes_nothing_until_the_lock_is_broken(
     assert rows_of(lake) == ROWS["run2"]
 
 
+def test_broken_lock_leaves_no_manifest_of_a_journal_that_it_discards(
+    lake: etl.Lake,
+) -> None:
+    """Else a next run that is cut off, too, would pass for one with nothing new."""
+    kill_publish(lake, moved=2)
+    (folder_of(lake) / TARGETS[STAGED[0]]).unlink()
+    start(lake, "run2", break_lock=True)
+    assert not [of for of in files_of(lake, "_records") if "_manifest-" in of]
+
+
 @pytest.mark.parametrize(
     ("moved", "lost", "rows"),
     [

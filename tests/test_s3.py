@@ -159,6 +159,7 @@ def test_next_day_requests_no_object_that_is_known(
 
 
 @only_moto
+@pytest.mark.long
 def test_server_that_dies_in_mid_run_ends_the_run_within_a_minute(
     spark: SparkSession,
     server: Server,
