@@ -1134,7 +1134,7 @@ def s3_options() -> dict[str, str]:
         # A dead server is waited for some seconds, not minutes.
         f"{s3a}.attempts.maximum": "2",
         f"{s3a}.retry.limit": "2",
-        f"{s3a}.connection.timeout": "10s",
+        f"{s3a}.connection.timeout": "10000",  # ms
     }
 
 
