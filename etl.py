@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import unquote
 
 if not find_spec("pyspark"):  # A node of EMR has pyspark below its Spark home only.
@@ -66,9 +66,9 @@ class Table:
     order: tuple[str, ...]
 
     @property
-    def month_id(self) -> str:
-        """The month of a row, as SQL; 0 where the folders are no months."""
-        return "year * 100 + month" if self.folders == MONTH else "0"
+    def month_id(self) -> Column:
+        """The month of a row: year * 100 + month, or 0 where folders are no months."""
+        return F.expr("year * 100 + month") if self.folders == MONTH else F.lit(0)
 
 
 MONTH = ("year", "month")
@@ -142,15 +142,16 @@ ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
 ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order mark.
 
 
-def open_files(spark: SparkSession, folder: str, kind: str = "text") -> DataFrame:
+def open_files(spark: SparkSession, folder: str, reader: str = "text") -> DataFrame:
     """The lines, value string, of the *.json and *.json.gz files below a folder, which
-    are listed now; or their bytes, content binary, where the kind is binaryFile."""
+    are listed now; or their bytes, content binary, where the reader is binaryFile."""
     files = spark.read.option("pathGlobFilter", "*.{json,json.gz}")
-    return files.option("recursiveFileLookup", True).format(kind).load(literal(folder))
+    files = files.option("recursiveFileLookup", True).format(reader)
+    return files.load(literal(folder))
 
 
 def list_files(lines: DataFrame) -> dict[str, list[int]]:
-    """The bytes and the time of change (ms) of each file, by the name Hadoop gives it."""
+    """The bytes and the time of change (ms) of each file, by its name in Hadoop."""
     index = lines._jdf.queryExecution().analyzed().relation().location()
     status = r"path=(.*); isDirectory=false; length=(\d+);.* modification_time=(\d+);"
     found = re.findall(status, index.allFiles().mkString("\n"))
@@ -393,7 +394,10 @@ def read_files(lake: Lake, name: str, schema: str | StructType) -> DataFrame:
     """The rows of the Parquet files below a folder of the lake, if there are any."""
     try:
         return lake.spark.read.schema(schema).parquet(literal(f"{lake.root}/{name}"))
-    except AnalysisException:  # There is no such folder. Spark plans no task for it:
+    except AnalysisException as error:
+        if "PATH_NOT_FOUND" not in str(error):
+            raise
+        # A filter that nothing passes tells Spark to plan no task.
         return lake.spark.createDataFrame([], schema).where("false")
 
 
@@ -422,8 +426,8 @@ def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
     for name, counts, lost in spark.sql(" UNION ALL ".join(queries)).collect():
         if lost:
             raise RunError(f"check failed: {lost}")
-        found[name] = counts
-    del found[""]
+        if name:
+            found[name] = counts
     for name, table in TABLES.items():
         rows, keys = found[name]["rows"], found[name]["keys"]
         due = found.get(f"due_{name}", found[name])["keys"]
@@ -470,8 +474,7 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
     with open(__file__, "rb") as file:
         script = hashlib.sha256(file.read()).hexdigest()
     empty: dict[str, Any] = {"input": settings.input, "script": script, "files": {}}
-    names = [name for name in lake.files("_records") if "/_manifest-" in name]
-    found = None
+    names, found = list_manifests(lake), None
     with suppress(ValueError):
         found = json.loads(lake.read(names[0])) if len(names) == 1 else None
     is_whole = isinstance(found, dict) and found.keys() == empty.keys()
@@ -487,6 +490,11 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
         say(f"All files are read, since {why[0]}.")
         return empty
     return found
+
+
+def list_manifests(lake: Lake) -> list[str]:
+    """The names of the lake's manifests; a whole lake has one."""
+    return [name for name in lake.files("_records") if "/_manifest-" in name]
 
 
 @dataclass(frozen=True)
@@ -509,12 +517,14 @@ def find_news(lake: Lake, settings: Settings) -> News:
     now, kept, gone = {**states["songs"], **states["events"]}, {}, {}
     for name, of in manifest["files"].items():
         (kept if now.get(name) == of["state"] else gone)[name] = of
-    for name in kept:
-        states["songs"].pop(name, None) or states["events"].pop(name)
+    fresh = {
+        kind: {name: state for name, state in of.items() if name not in kept}
+        for kind, of in states.items()
+    }
     new, old = now.keys() - kept.keys(), gone.keys()
     counts = f"{len(new - old):,} new, {len(new & old):,} changed"
     say(f"{len(now):,} files: {counts}, {len(old - new):,} missing.")
-    return News(manifest, lines, states, kept, gone)
+    return News(manifest, lines, fresh, kept, gone)
 
 
 def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str, Any]:
@@ -537,7 +547,7 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
         for kind in SOURCES:  # The records of known files in the months that change.
             name = f"_records/{kind}"
             if news.kept and (touched := changes[name]):
-                stays = F.expr(FOLDERS[name].month_id).isin(touched) & ~is_of(news.gone)
+                stays = FOLDERS[name].month_id.isin(touched) & ~is_of(news.gone)
                 known = read_files(lake, name, RECORDS[kind]).where(stays)
                 write_files(known, staged, name)
     months = sorted((changes["songplays"] or set()) - {0})
@@ -580,7 +590,7 @@ def stage_fresh(
         write_files(records, staged, name)
     good = F.expr(f"count(if({IS_GOOD}, {FOLDERS[name].key}, null))")
     records = read_files(staged, name, RECORDS[kind])
-    months = records.withColumn("month_id", F.expr(FOLDERS[name].month_id))
+    months = records.withColumn("month_id", FOLDERS[name].month_id)
     counts = months.groupBy("source_file", "month_id", "reason").agg(F.count("*"), good)
     for file, *figures in counts.collect() if files else ():
         # A file that came after the listing has no state: the next run reads it.
@@ -614,7 +624,7 @@ def stage_tables(lake: Lake, staged: Lake, changes: Changes) -> dict[str, DataFr
         """Staged rows and, of the months that don't change, the published ones."""
         if (months := changes[name]) is None:
             return rows
-        stays = ~F.expr(FOLDERS[name].month_id).isin(months)
+        stays = ~FOLDERS[name].month_id.isin(months)
         return rows.unionByName(read_files(lake, name, rows.schema).where(stays))
 
     songs = read_files(staged, "_records/songs", RECORDS["songs"])
@@ -713,7 +723,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["bad"]:
         lines.append(f"See {report['output']}/_rejected/{report['run']}")
     lines.append(f"Next: query {report['output']}/songplays, as README.md shows")
-    return re.sub("file:/+", "/", "\n".join(lines))
+    return "\n".join(lines)
 
 
 def explain(error: BaseException) -> str:
@@ -726,9 +736,9 @@ def explain(error: BaseException) -> str:
     return f"{about[1]}: {line}" if about else line
 
 
-def say(text: str, end: str = "\n") -> None:
+def say(text: str, end: str = "\n", to: TextIO | None = None) -> None:
     """Tells the person who waits; local folders as paths, which can be pasted."""
-    print(re.sub("file:/+", "/", text), end=end, file=sys.stderr, flush=True)
+    print(re.sub("file:/+", "/", text), end=end, file=to or sys.stderr, flush=True)
 
 
 @contextmanager
@@ -878,8 +888,8 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
             if not break_lock:
                 hint = "add --break-lock to discard it and replace every table"
                 raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
-            for name in lake.files("_records"):  # They are not all of what it says.
-                lake.delete(name) if "/_manifest-" in name else None
+            for name in list_manifests(lake):  # Its records are not all in place.
+                lake.delete(name)
         lake.delete(other, recursive=True)
         say(f"Finished or cleared away what was left in {other}.")
 
@@ -978,12 +988,17 @@ NOT_NEEDED = (
 )
 
 
+def uses_s3(settings: Settings) -> bool:
+    """True where INPUT or OUTPUT is on S3."""
+    return "s3" in (settings.input[:2], settings.output[:2])
+
+
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
     bytes of each file of INPUT by its name; nothing where they can't be listed."""
     has_boto3, sizes = find_spec("boto3") is not None, {}
     hint = "give --input the folder of song_data/ and log_data/"
-    if has_boto3 and "s3" in (settings.input[:2], settings.output[:2]):
+    if has_boto3 and uses_s3(settings):
         sizes = check_s3(settings)
 
     def refuse(error: OSError) -> None:
@@ -991,12 +1006,15 @@ def preflight(settings: Settings) -> dict[str, int]:
 
     for part in SOURCES.values():
         if settings.input.startswith("file:"):
-            folders = os.walk(f"{settings.input[7:]}/{part}", True, refuse, True)
-            paths = (f"{at}/{name}" for at, _, names in folders for name in names)
-            files = (of for of in paths if re.search(r"\.json(\.gz)?$", of))
-            sizes.update(
-                (of, os.path.getsize(of)) for of in files if os.path.exists(of)
-            )
+            folder = f"{settings.input[7:]}/{part}"
+            for at, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+                paths = (
+                    f"{at}/{name}"
+                    for name in names
+                    if re.search(r"\.json(\.gz)?$", name)
+                )
+                files = filter(os.path.exists, paths)  # A link may lead nowhere.
+                sizes.update((file, os.path.getsize(file)) for file in files)
         elif not settings.input.startswith("s3") or not has_boto3:
             continue
         if not any(f"/{part}/" in f"/{name}" for name in sizes):
@@ -1076,7 +1094,7 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
-        **(s3_options() if "s3a:" in settings.input + settings.output else {}),
+        **(s3_options() if uses_s3(settings) else {}),
     }
     if os.environ.get("LC_ALL") in ("C", "POSIX"):  # Java passes over names with é.
         os.environ["LC_ALL"] = "C.UTF-8"
@@ -1162,7 +1180,8 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
 
 def register_tables(lake: Lake, database: str) -> None:
     """Registers the lake's tables in the catalog of the Spark at hand, in Hive's
-    format, which Athena and Redshift read. Raises RunError for a table that isn't external."""
+    format, which Athena and Redshift read. Raises RunError for a table that isn't
+    external."""
     spark = lake.spark
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     for name, table in TABLES.items():
@@ -1298,7 +1317,7 @@ def run_or_cancel(settings: Settings) -> dict[str, Any]:
             context = SparkContext._active_spark_context
             until = time.monotonic() + (10 if context else 0)
             while not wait([job], timeout=0.1).done and time.monotonic() < until:
-                with suppress(Exception):  # Another Ctrl-C isn't one.
+                with suppress(Exception):  # Spark may not be up yet.
                     context.cancelAllJobs() if given else context.stop()
             if not (job.done() or given):  # Java ends with this process.
                 hint = "the next start clears away what is left"
@@ -1316,7 +1335,7 @@ def main(argv: Sequence[str] = ()) -> int:
         settings = parse_settings(argv)
         secrets = [settings.aws.get(key, "") for key in tuple(S3A_KEYS)[:3]]
         if report := run_or_cancel(settings):
-            print(format_report(report))
+            say(format_report(report), to=sys.stdout)
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         text = f"etl.py: error: {explain(error)}"
