@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from glob import glob
+from glob import escape, glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -243,21 +243,18 @@ def read_records(
         .otherwise("value of the wrong type")
     )
     latin = F.decode(raw.cast("binary"), "ISO-8859-1")
-    records = pieces.select(
-        F.explode_outer("values").alias("value"),
-        "source_file",
-        fault.alias("reason"),
-        F.when(is_utf8(raw), raw).otherwise(latin).alias("raw"),
-    ).select("value.*", "source_file", "reason", "raw")
+    text = F.when(is_utf8(raw), raw).otherwise(latin).alias("raw")
+    value = F.explode_outer("values").alias("value")
+    records = pieces.select(value, "source_file", fault.alias("reason"), text)
+    records = records.select("value.*", "source_file", "reason", "raw")
     strings = re.findall(r"(\w+) string", SCHEMAS[kind])
     blank_is_null = {of: F.expr(f"if(trim({of}) = '', null, {of})") for of in strings}
     reason = F.expr(f"coalesce(reason, {FAULTS[kind]})")
     records = records.withColumns(blank_is_null).withColumn("reason", reason)
     records = records.withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
-    for column in MONTH if kind == "events" else ():
-        value = f"if({HAS_TIME}, {column}(timestamp_millis(ts)), 0)"
-        records = records.withColumn(column, F.expr(value))
-    return records
+    month = f"if({HAS_TIME}, {{}}(timestamp_millis(ts)), 0)"
+    months = {of: F.expr(month.format(of)) for of in MONTH if kind == "events"}
+    return records.withColumns(months)
 
 
 # --- Build ----------------------------------------------------------------------------
@@ -453,7 +450,7 @@ def run(settings: Settings) -> dict[str, Any]:
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(4).hex()}"
     with claimed(lake, run_id, settings.break_lock) as staging:
         news = find_news(lake, settings)
-        if any(news.fresh.values()) or news.gone or not news.kept:
+        if any(news.fresh.values()) or news.gone or not news.files:
             report = update(lake, staging, news, settings)
         else:
             say("Nothing is new: the lake stays as it is.")
@@ -468,13 +465,15 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
-    """The lake's manifest: INPUT, the hash of this script and, for each file whose
-    records the lake holds, its state and counts. Where there is none to rely on, it has
-    no files, which makes a full run."""
+    """The lake's manifest: INPUT; the hash of this script; the state of each file whose
+    records the lake holds, as list_files has it; how many records it holds, as
+    stage_records has it. Where there is none to rely on, it has no files, which makes a
+    full run."""
     with open(__file__, "rb") as file:
         script = hashlib.sha256(file.read()).hexdigest()
-    empty: dict[str, Any] = {"input": settings.input, "script": script, "files": {}}
-    names, found = list_manifests(lake), None
+    empty: dict[str, Any] = {"input": settings.input, "script": script}
+    empty.update(files={}, counts=[])
+    found, names = None, [of for of in lake.files("_records") if "/_manifest-" in of]
     with suppress(ValueError):
         found = json.loads(lake.read(names[0])) if len(names) == 1 else None
     is_whole = isinstance(found, dict) and found.keys() == empty.keys()
@@ -492,20 +491,15 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def list_manifests(lake: Lake) -> list[str]:
-    """The names of the lake's manifests; a whole lake has one."""
-    return [name for name in lake.files("_records") if "/_manifest-" in name]
-
-
 @dataclass(frozen=True)
 class News:
     """What is new in INPUT. Files are named as Hadoop lists them."""
 
     manifest: dict[str, Any]  # of the run before
     lines: dict[str, DataFrame]  # of all files, by kind
-    fresh: dict[str, dict[str, list[int]]]  # states of new and changed files, by kind
-    kept: dict[str, Any]  # what the manifest has of each file that is as it was
-    gone: dict[str, Any]  # the same of changed and missing files
+    files: dict[str, list[int]]  # the state of each file
+    fresh: dict[str, set[str]]  # new and changed files, by kind
+    gone: set[str]  # known files that are changed or missing
 
 
 def find_news(lake: Lake, settings: Settings) -> News:
@@ -514,17 +508,15 @@ def find_news(lake: Lake, settings: Settings) -> News:
     for kind, folder in SOURCES.items():
         lines[kind] = open_files(lake.spark, f"{settings.input}/{folder}")
         states[kind] = list_files(lines[kind])
-    now, kept, gone = {**states["songs"], **states["events"]}, {}, {}
-    for name, of in manifest["files"].items():
-        (kept if now.get(name) == of["state"] else gone)[name] = of
-    fresh = {
-        kind: {name: state for name, state in of.items() if name not in kept}
-        for kind, of in states.items()
-    }
-    new, old = now.keys() - kept.keys(), gone.keys()
-    counts = f"{len(new - old):,} new, {len(new & old):,} changed"
-    say(f"{len(now):,} files: {counts}, {len(old - new):,} missing.")
-    return News(manifest, lines, fresh, kept, gone)
+    files, known = {**states["songs"], **states["events"]}, manifest["files"]
+    kept = {name for name, state in files.items() if known.get(name) == state}
+    fresh = {kind: of.keys() - kept for kind, of in states.items()}
+    # A file that came after its run's listing is among the counts only.
+    gone = {*known, *(name for name, *_ in manifest["counts"])} - kept
+    new = files.keys() - kept
+    text = f"{len(new - gone):,} new, {len(new & gone):,} changed"
+    say(f"{len(files):,} files: {text}, {len(gone - new):,} missing.")
+    return News(manifest, lines, files, fresh, gone)
 
 
 def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str, Any]:
@@ -532,84 +524,71 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     run's report."""
     run_id, staged = staging.split("/")[1], replace(lake, root=f"{lake.root}/{staging}")
     with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
-        fresh = pool.map(lambda kind: stage_fresh(staged, news, kind), SOURCES)
-        (songs, bad_songs), (events, bad_events) = fresh
-        new = {**songs, **events}
-        if has_bad := any(of[2] for file in new.values() for of in file["counts"]):
+        read = pool.map(lambda kind: stage_records(lake, staged, news, kind), SOURCES)
+        (songs, song_months, bad_songs), (events, event_months, bad_events) = read
+        known = [of for of in news.manifest["counts"] if of[0] not in news.gone]
+        counts, report = [*known, *songs, *events], {"run": run_id}
+        report.update(input=settings.input, output=settings.output, **sum_up(counts))
+        report.update(limit=settings.max_rejected, new=sum_up(songs + events))
+        if report["new"]["rejected"]:
             bad = bad_songs.unionAll(bad_events).repartitionByRange("source_file")
             bad.write.json(f"{staged.root}/_rejected/{run_id}")
-        files = {**news.kept, **new}
-        if fault := find_fault(files, settings):
+        if fault := find_fault(report, counts):
             staged.delete("_records", recursive=True)
             publish(lake, staging, replaced=())
             raise RunError(fault)
-        changes = find_changes(news, new)
-        for kind in SOURCES:  # The records of known files in the months that change.
-            name = f"_records/{kind}"
-            if news.kept and (touched := changes[name]):
-                stays = FOLDERS[name].month_id.isin(touched) & ~is_of(news.gone)
-                known = read_files(lake, name, RECORDS[kind]).where(stays)
-                write_files(known, staged, name)
+    changes = find_changes(news, song_months, event_months)
     months = sorted((changes["songplays"] or set()) - {0})
     what = ", ".join(f"{of // 100}-{of % 100:02}" for of in months) or "users"
     what = "every month" if changes["songplays"] is None else what
     with step(f"3/5 Build {what}"):
         views = stage_tables(lake, staged, changes)
     with step("4/5 Check the tables"):
-        counts = check_tables(views)
+        figures = check_tables(views)
     with step("5/5 Publish"):
-        records, reasons = sum_up(files)
-        wholes = {name: counts.get(f"all_{name}", counts[name]) for name in TABLES}
+        wholes = {name: figures.get(f"all_{name}", figures[name]) for name in TABLES}
         tables = {name: of["rows"] for name, of in wholes.items()}
-        for of, table in zip(records.values(), ("songs", "songplays")):
+        for of, table in zip(report["records"].values(), ("songs", "songplays")):
             of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
-        report = {"run": run_id, "input": settings.input, "output": settings.output}
-        report.update(built=what, records=records, tables=tables, rejected=reasons)
-        report.update(plays=counts["songplays"], bad=has_bad)
-        report["limit"] = settings.max_rejected
+        report.update(built=what, tables=tables, plays=figures["songplays"])
         staged.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
-        manifest = json.dumps({**news.manifest, "files": files})
-        staged.write(f"_records/_manifest-{run_id}.json", manifest)
+        manifest = {**news.manifest, "files": news.files, "counts": counts}
+        staged.write(f"_records/_manifest-{run_id}.json", json.dumps(manifest))
         publish(lake, staging, find_replaced(lake, changes))
     return report
 
 
-def stage_fresh(
-    staged: Lake, news: News, kind: str
-) -> tuple[dict[str, Any], DataFrame]:
-    """Stages the records of new and changed files, which are parsed once. Gives what a
-    manifest has of each file: its state, as list_files has it, and its counts, a list
-    of [kind, month as in find_changes, reason or null, records, songs or plays];
-    and the bad records: source_file, reason, raw."""
-    folder, name = f"{news.manifest['input']}/{SOURCES[kind]}", f"_records/{kind}"
-    states = news.fresh[kind].items()
-    files = {file: {"state": state, "counts": []} for file, state in states}
-    if files:
-        wanted = files if news.manifest["files"] else None
-        records = read_records(kind, news.lines[kind], folder, wanted)
-        write_files(records, staged, name)
+def stage_records(
+    lake: Lake, staged: Lake, news: News, kind: str
+) -> tuple[list[list[Any]], set[int], DataFrame]:
+    """Stages the records of new and changed files, which are parsed once; and those of
+    known files in the same months. Gives the counts of the new ones, each a list of
+    file, kind, month_id, reason or null, records, songs or plays; the months that
+    change; and the new bad records: source_file, reason, raw."""
+    name, fresh, known = f"_records/{kind}", news.fresh[kind], news.manifest["files"]
+    if fresh:
+        folder = f"{news.manifest['input']}/{SOURCES[kind]}"
+        some = fresh if known else None
+        write_files(read_records(kind, news.lines[kind], folder, some), staged, name)
+    month_id = FOLDERS[name].month_id
+    records = read_files(staged, name, RECORDS[kind]).withColumn("month_id", month_id)
     good = F.expr(f"count(if({IS_GOOD}, {FOLDERS[name].key}, null))")
-    records = read_files(staged, name, RECORDS[kind])
-    months = records.withColumn("month_id", FOLDERS[name].month_id)
-    counts = months.groupBy("source_file", "month_id", "reason").agg(F.count("*"), good)
-    for file, *figures in counts.collect() if files else ():
-        # A file that came after the listing has no state: the next run reads it.
-        of = files.setdefault(unquote(file), {"state": [], "counts": []})
-        of["counts"].append([kind, *figures])
+    groups = records.groupBy("source_file", "month_id", "reason")
+    found = groups.agg(F.count("*"), good).collect()
+    counts = [[unquote(file), kind, *figures] for file, *figures in found]
+    gone = [of for of in news.manifest["counts"] if of[0] in news.gone]
+    months = {month for _, of, month, *_ in counts + gone if of == kind}
+    if known and months:
+        stays = month_id.isin(months) & ~is_of(news.gone)
+        write_files(read_files(lake, name, RECORDS[kind]).where(stays), staged, name)
     bad = records.where("reason IS NOT NULL").select("source_file", "reason", "raw")
-    return files, bad
+    return counts, months, bad
 
 
-Changes = dict[str, Any]  # a set of months, or None, for each of the FOLDERS
-
-
-def find_changes(news: News, new: dict[str, Any]) -> Changes:
-    """The months, as year * 100 + month, in which each of the FOLDERS changes; 0 is the
-    month of what has none. An empty set is no change, None is every month."""
-    files = (*news.gone.values(), *new.values())
-    found = {(kind, month) for of in files for kind, month, *_ in of["counts"]}
-    songs, events = ({m for kind, m in found if kind == of} for of in SOURCES)
-    changes: Changes = dict.fromkeys(FOLDERS)
+def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any]:
+    """The set of months in which each of the FOLDERS changes, given those of the songs
+    and events that change. An empty set is no change, None is every month."""
+    changes: dict[str, Any] = dict.fromkeys(FOLDERS)
     if news.manifest["files"]:
         changes.update(dict.fromkeys(("songs", "artists", "_records/songs"), songs))
         changes.update(dict.fromkeys(("_records/events", "_records/users"), events))
@@ -617,7 +596,9 @@ def find_changes(news: News, new: dict[str, Any]) -> Changes:
     return changes
 
 
-def stage_tables(lake: Lake, staged: Lake, changes: Changes) -> dict[str, DataFrame]:
+def stage_tables(
+    lake: Lake, staged: Lake, changes: dict[str, Any]
+) -> dict[str, DataFrame]:
     """Stages what changes of the tables. Gives the views that check_tables wants."""
 
     def complete(name: str, rows: DataFrame) -> DataFrame:
@@ -656,7 +637,7 @@ def stage_tables(lake: Lake, staged: Lake, changes: Changes) -> dict[str, DataFr
     return views
 
 
-def find_replaced(lake: Lake, changes: Changes) -> list[str]:
+def find_replaced(lake: Lake, changes: dict[str, Any]) -> list[str]:
     """The lake's files in whose place the run's come."""
     replaced = []
     for name in (of for folder in (*TABLES, "_records") for of in lake.files(folder)):
@@ -667,39 +648,35 @@ def find_replaced(lake: Lake, changes: Changes) -> list[str]:
     return replaced
 
 
-def sum_up(files: dict[str, Any]) -> tuple[dict[str, dict[str, int]], Counter[str]]:
-    """What became of the records of some files, by kind, duplicates not yet found; how
-    many are rejected, by kind and reason."""
-    counts, records = [of for file in files.values() for of in file["counts"]], {}
-    for kind in SOURCES:
-        mine = [of for of in counts if of[0] == kind]
-        read, kept = (sum(of[n] for of in mine) for n in (3, 4))
-        bad = sum(of[3] for of in mine if of[2])
-        records[kind] = {"read": read, "rejected": bad, "not plays": read - bad - kept}
-        records[kind].update(duplicate=0, kept=kept)
-    reasons: Counter[str] = Counter()
-    for kind, _, reason, count, _ in counts:
-        reasons.update({f"{kind}: {reason}": count} if reason else {})
-    return records, reasons
+def sum_up(counts: list[list[Any]]) -> dict[str, Any]:
+    """What became of counted records, by kind, duplicates not yet found; how many are
+    rejected, by kind and reason."""
+    outcomes = ("read", "rejected", "not plays", "duplicate", "kept")
+    records = {kind: dict.fromkeys(outcomes, 0) for kind in SOURCES}
+    rejected: Counter[str] = Counter()
+    for _, kind, _, reason, read, kept in counts:
+        records[kind]["read"] += read
+        records[kind]["kept"] += kept
+        records[kind]["rejected" if reason else "not plays"] += read - kept
+        rejected.update({f"{kind}: {reason}": read} if reason else {})
+    return {"records": records, "rejected": rejected}
 
 
-def find_fault(files: dict[str, Any], settings: Settings) -> str | None:
+def find_fault(report: dict[str, Any], counts: list[list[Any]]) -> str | None:
     """Why a run must not publish: too much is rejected, or there is nothing."""
-    records, reasons = sum_up(files)
+    records, limit = report["records"], report["limit"]
     read, bad = (sum(of[n] for of in records.values()) for n in ("read", "rejected"))
-    if bad > settings.max_rejected * read:
-        [(why, count)] = reasons.most_common(1)
-        kind, _, reason = why.partition(": ")
-        found = ((of, file) for file, it in files.items() for of in it["counts"])
-        file = next(file for of, file in found if (of[0], of[2]) == (kind, reason))
-        most = f"{count:,} {kind} are '{reason}', as in {file}"
+    if bad > limit * read:
+        [(why, count)] = report["rejected"].most_common(1)
+        like = next(of for of in counts if f"{of[1]}: {of[3]}" == why)
+        most = f"{count:,} {like[1]} are '{like[3]}', as in {like[0]}"
         hint = " (objects over several lines are for small local files)"
-        kept = f"see {settings.output}/_rejected{hint if reason == 'not JSON' else ''}"
-        limit = f"over --max-rejected {settings.max_rejected:g}"
-        return f"{bad:,} of {read:,} records are bad, {limit}: {most}; {kept}"
+        kept = f"see {report['output']}/_rejected{hint * (like[3] == 'not JSON')}"
+        over = f"over --max-rejected {limit:g}"
+        return f"{bad:,} of {read:,} records are bad, {over}: {most}; {kept}"
     for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
         if not records[kind]["kept"]:
-            return f"no {what} in {settings.input}/{SOURCES[kind]}: check --input"
+            return f"no {what} in {report['input']}/{SOURCES[kind]}: check --input"
     return None
 
 
@@ -720,7 +697,7 @@ def format_report(report: dict[str, Any]) -> str:
     share = f"{bad / read:.1%}, limit {report['limit']:.1%}"
     lines += ["", f"Rejected {bad:,} of {read:,} records ({share})"]
     lines += [f"{count:9,}  {why}" for why, count in sorted(report["rejected"].items())]
-    if report["bad"]:
+    if report["new"]["rejected"]:
         lines.append(f"See {report['output']}/_rejected/{report['run']}")
     lines.append(f"Next: query {report['output']}/songplays, as README.md shows")
     return "\n".join(lines)
@@ -805,12 +782,8 @@ class Lake:
         paths = (self.path(source), self.path(target))
         if not self.root.startswith("s3"):  # S3 has no folders.
             self.fs.mkdirs(paths[1].getParent())
-        try:
-            reason = "" if self.fs.rename(*paths) else "can't be renamed to its place"
-        except Py4JError as error:
-            reason = explain(error)
-        if reason and not self.fs.exists(paths[1]):
-            raise OSError(f"{self.root}/{target}: {reason}")
+        if not self.fs.rename(*paths):
+            raise OSError(f"{self.root}/{target}: can't be renamed to its place")
 
     def delete(self, name: str, recursive: bool = False) -> None:
         """Deletes a file, an empty folder or, if recursive, any, where it is there."""
@@ -888,8 +861,9 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
             if not break_lock:
                 hint = "add --break-lock to discard it and replace every table"
                 raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
-            for name in list_manifests(lake):  # Its records are not all in place.
-                lake.delete(name)
+            # The records that a manifest tells of are not all in place.
+            manifests = (of for of in lake.files("_records") if "/_manifest-" in of)
+            list(map(lake.delete, manifests))
         lake.delete(other, recursive=True)
         say(f"Finished or cleared away what was left in {other}.")
 
@@ -940,16 +914,11 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
             list(pool.map(lake.move, names, map(moves.get, names)))
         # A target that exists is whole: S3A copies a file, then deletes it.
         list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
-    emptied = folders_of(journal["replaced"]) - folders_of(targets.values())
-    for folder in sorted(emptied, reverse=True):
-        with suppress(Py4JError, OSError):  # Another's file is in it.
+    folders = {str(of) for name in journal["replaced"] for of in Path(name).parents}
+    for folder in sorted(folders - {"."}, reverse=True):
+        with suppress(Py4JError, OSError):  # A folder that isn't empty stays.
             lake.delete(folder)
     lake.delete(f"{staging}/_journal.json")
-
-
-def folders_of(names: Iterable[str]) -> set[str]:
-    """The folders above some files, but the lake itself."""
-    return {str(of) for name in names for of in Path(name).parents} - {"."}
 
 
 # --- Spark and S3 ---------------------------------------------------------------------
@@ -988,38 +957,29 @@ NOT_NEEDED = (
 )
 
 
-def uses_s3(settings: Settings) -> bool:
-    """True where INPUT or OUTPUT is on S3."""
-    return "s3" in (settings.input[:2], settings.output[:2])
-
-
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
     bytes of each file of INPUT by its name; nothing where they can't be listed."""
-    has_boto3, sizes = find_spec("boto3") is not None, {}
-    hint = "give --input the folder of song_data/ and log_data/"
-    if has_boto3 and uses_s3(settings):
+    source, sizes = settings.input, {}
+    has_boto3, is_local = bool(find_spec("boto3")), source.startswith("file:")
+    if has_boto3 and "s3" in (source[:2], settings.output[:2]):
         sizes = check_s3(settings)
-
-    def refuse(error: OSError) -> None:
-        raise SettingsError(f"INPUT {error.filename}: {error.strerror}: {hint}")
-
+    hint = "give --input the folder of song_data/ and log_data/"
     for part in SOURCES.values():
-        if settings.input.startswith("file:"):
-            folder = f"{settings.input[7:]}/{part}"
-            for at, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-                paths = (
-                    f"{at}/{name}"
-                    for name in names
-                    if re.search(r"\.json(\.gz)?$", name)
-                )
-                files = filter(os.path.exists, paths)  # A link may lead nowhere.
-                sizes.update((file, os.path.getsize(file)) for file in files)
-        elif not settings.input.startswith("s3") or not has_boto3:
-            continue
-        if not any(f"/{part}/" in f"/{name}" for name in sizes):
-            lack = f"INPUT {settings.input} holds no {part}/ with .json or .json.gz"
-            raise SettingsError(f"{lack} files: {hint}")
+        folder = f"{source[7:]}/{part}"
+        if is_local:
+            try:
+                os.listdir(folder)
+            except OSError as error:
+                lack = f"INPUT {folder}: {error.strerror}"
+                raise SettingsError(f"{lack}: {hint}") from None
+            files = filter(os.path.isfile, glob(f"{escape(folder)}/**", recursive=True))
+            files = (of for of in files if of.endswith((".json", ".json.gz")))
+            sizes.update((of, os.path.getsize(of)) for of in files)
+        is_listed = is_local or (has_boto3 and source.startswith("s3"))
+        if is_listed and not any(f"/{part}/" in f"/{name}" for name in sizes):
+            lack = f"INPUT {source} holds no {part}/ with .json or .json.gz files"
+            raise SettingsError(f"{lack}: {hint}")
     return sizes
 
 
@@ -1094,7 +1054,7 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
-        **(s3_options() if uses_s3(settings) else {}),
+        **(s3_options() if "s3a://" in settings.input + settings.output else {}),
     }
     if os.environ.get("LC_ALL") in ("C", "POSIX"):  # Java passes over names with é.
         os.environ["LC_ALL"] = "C.UTF-8"
@@ -1244,11 +1204,8 @@ def parse_settings(argv: Sequence[str] = ()) -> Settings:
     limit = "publish nothing above this fraction of bad records (default: 0.01)"
     add("--max-rejected", metavar="FRACTION", type=float, default=0.01, help=limit)
     add("--full", action="store_true", help="read all files, known ones too")
-    add(
-        "--break-lock",
-        action="store_true",
-        help="take over from a dead run; read all files",
-    )
+    takeover = "take over from a dead run; read all files"
+    add("--break-lock", action="store_true", help=takeover)
     add("--debug", action="store_true", help="show tracebacks and Spark's own log")
     parser.set_defaults(input=f"{here}/data_sample", output="lake")
     config = read_config(parser.parse_args(argv).config, here)
@@ -1264,31 +1221,32 @@ def parse_settings(argv: Sequence[str] = ()) -> Settings:
 def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str]]:
     """The values, by section and key, of a settings file: the named one, else ./dl.cfg,
     else the one beside the script. No error shows a value, which may be a secret."""
-    config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
     places = filter(os.path.exists, ("dl.cfg", f"{script_folder}/dl.cfg"))
     path = path or next(places, os.devnull)
     # A secret may hold a %, so there is no interpolation.
     parser = configparser.RawConfigParser(None, inline_comment_prefixes="#")
     parser.default_section = ""
     parser.optionxform = str.upper  # type: ignore[assignment,method-assign]
-    problem = ""
+    known = " or ".join(f"[{of}] {' '.join(keys)}" for of, keys in CONFIG_KEYS.items())
+    hint = f"write each key once, as KEY = VALUE, under {known}"
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
-        for section in parser.sections():
-            for key, value in parser[section].items():
-                if key not in CONFIG_KEYS.get(section, ()):
-                    homes = [of for of, keys in CONFIG_KEYS.items() if key in keys]
-                    problem = f"move {key} under [{homes[0]}]: " if homes else ""
-                    raise ValueError
-                if value := value.strip("'\""):
-                    config[section][key] = value
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}: see dl.cfg.example") from None
     except (configparser.Error, ValueError):
-        known = [f"[{name}] {' '.join(keys)}" for name, keys in CONFIG_KEYS.items()]
-        hint = f"write each key once, as KEY = VALUE, under {' or '.join(known)}"
-        raise SettingsError(f"{path}: {problem}{hint}") from None
+        raise SettingsError(f"{path}: {hint}") from None
+    sections = {key: section for section, keys in CONFIG_KEYS.items() for key in keys}
+    config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
+    for section in parser.sections():
+        for key, value in parser[section].items():
+            if sections.get(key) != section:
+                move = (
+                    f"move {key} under [{sections[key]}]: " if key in sections else ""
+                )
+                raise SettingsError(f"{path}: {move}{hint}")
+            if value := value.strip("'\""):
+                config[section][key] = value
     return config
 
 
