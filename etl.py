@@ -25,7 +25,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from glob import escape, glob
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import unquote
 
@@ -111,6 +110,7 @@ SONGPLAY_ID = "xxhash64(ts, userId, sessionId, itemInSession)"
 IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
     AND sessionId IS NOT NULL"""
 HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
+# The id of a play, null for other events.
 PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
 # What is kept with a typed record: its file, a URL-encoded URI; why it is bad, if it
 # is, and its text then (as ISO-8859-1 if it isn't UTF-8).
@@ -145,9 +145,8 @@ ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order ma
 def open_files(spark: SparkSession, folder: str, reader: str = "text") -> DataFrame:
     """The lines, value string, of the *.json and *.json.gz files below a folder, which
     are listed now; or their bytes, content binary, where the reader is binaryFile."""
-    files = spark.read.option("pathGlobFilter", "*.{json,json.gz}")
-    files = files.option("recursiveFileLookup", True).format(reader)
-    return files.load(literal(folder))
+    options = {"pathGlobFilter": "*.{json,json.gz}", "recursiveFileLookup": "true"}
+    return spark.read.format(reader).options(**options).load(literal(folder))
 
 
 def list_files(lines: DataFrame) -> dict[str, list[int]]:
@@ -227,26 +226,20 @@ def split_text(text: Column) -> Column:
 def read_records(
     kind: str, lines: DataFrame, folder: str, files: Iterable[str] | None = None
 ) -> DataFrame:
-    """The typed songs or events, good or bad, of the files below a folder, or of some
-    of them. A blank string is null; a value of the wrong type makes a bad record.
-    Out: RECORDS."""
+    """The songs or events, good and bad, of the files below a folder, or of some files.
+    A blank string is null, a value of the wrong type a bad record. Out: RECORDS."""
     raw, texts = F.col("raw"), read_texts(lines, folder)
     texts = texts if files is None else texts.where(is_of(files))
     # An inner explode would make Spark split each text twice, to see if it is empty.
     pieces = texts.withColumn("raw", F.explode_outer(split_text(F.col("text"))))
     pieces = pieces.withColumn("raw", trim(raw)).where(raw != "")
     pieces = pieces.withColumn("values", parse(raw, f"struct<{SCHEMAS[kind]}>"))
-    fault = (
-        F.when(~is_utf8(raw), "not UTF-8")
-        .when(F.isnotnull("values"), None)
-        .when(parse(raw, "string").isNull(), "not JSON")
-        .otherwise("value of the wrong type")
-    )
+    fault = F.when(~is_utf8(raw), "not UTF-8").when(F.isnotnull("values"), None)
+    fault = fault.when(parse(raw, "string").isNull(), "not JSON")
+    fault = fault.otherwise("value of the wrong type").alias("reason")
     latin = F.decode(raw.cast("binary"), "ISO-8859-1")
     text = F.when(is_utf8(raw), raw).otherwise(latin).alias("raw")
-    value = F.explode_outer("values").alias("value")
-    records = pieces.select(value, "source_file", fault.alias("reason"), text)
-    records = records.select("value.*", "source_file", "reason", "raw")
+    records = pieces.select(F.inline_outer("values"), "source_file", fault, text)
     strings = re.findall(r"(\w+) string", SCHEMAS[kind])
     blank_is_null = {of: F.expr(f"if(trim({of}) = '', null, {of})") for of in strings}
     reason = F.expr(f"coalesce(reason, {FAULTS[kind]})")
@@ -273,19 +266,16 @@ def build_songs(songs: DataFrame) -> DataFrame:
 
 def build_artists(songs: DataFrame) -> DataFrame:
     """One row an artist_id: of several records one with a name, then the most complete,
-    then the one of the shortest name, then the first in alphabetical order.
-    In: SONG_SCHEMA. Out: artist_id, name, location string; latitude, longitude double
-    (degrees)."""
-    best = F.expr(
-        """min(struct(artist_name IS NULL,
-        int(artist_location IS NULL) + int(artist_latitude IS NULL)
-        + int(artist_longitude IS NULL), length(artist_name), artist_name AS name,
-        artist_location AS location, artist_latitude AS latitude,
-        artist_longitude AS longitude)) AS best"""
-    )
-    artists = songs.where(HAS_SONG_KEYS).groupBy("artist_id").agg(best)
-    columns = ("best.name", "best.location", "best.latitude", "best.longitude")
-    return artists.select("artist_id", *columns)
+    then the shortest name, then the first in order. In: SONG_SCHEMA. Out: artist_id,
+    name, location string; latitude, longitude double (degrees)."""
+    names = ("name", "location", "latitude", "longitude")
+    renamed = (f"artist_{name} AS {name}" for name in names)
+    artists = songs.where(HAS_SONG_KEYS).selectExpr("artist_id", *renamed)
+    gaps = "int(location IS NULL) + int(latitude IS NULL) + int(longitude IS NULL)"
+    order = f"name IS NULL, {gaps}, length(name), {', '.join(names)}"
+    best = F.expr(f"min(struct({order})) AS best")
+    artists = artists.groupBy("artist_id").agg(best)
+    return artists.select("artist_id", *(f"best.{name}" for name in names))
 
 
 def build_users(events: DataFrame) -> DataFrame:
@@ -323,29 +313,32 @@ def build_time(events: DataFrame) -> DataFrame:
 
 def build_songplays(events: DataFrame, songs: DataFrame) -> DataFrame:
     """One row a distinct play (ts, userId, sessionId, itemInSession), with or without a
-    song; of several deliveries the greatest, field by field.
-    A play's song has exactly its title and, among the names that the catalogue gives
-    the song's artist, exactly its artist; of several the nearest in duration wins, then
-    the smallest song_id. A play without a song gets the artist_id of the only artist of
-    that name. In: EVENT_SCHEMA and SONG_SCHEMA. Out: songplay_id bigint; start_time
-    timestamp; user_id, level, song_id, artist_id string; session_id bigint; location,
-    user_agent string; year, month int of start_time."""
+    song; of several deliveries the last in the order of their fields. A play's song has
+    exactly its title and, among the names that the catalogue gives the song's artist,
+    exactly its artist; of several the nearest in duration wins, then the smallest
+    song_id. A play without a song gets the artist_id of the only artist of that name.
+    In: EVENT_SCHEMA and SONG_SCHEMA. Out: songplay_id bigint; start_time timestamp;
+    user_id, level, song_id, artist_id string; session_id bigint; location, user_agent
+    string; year, month int of start_time."""
     key = ("ts", "userId", "sessionId", "itemInSession")
     fields = "level, location, userAgent, song, artist, length"
     greatest = F.expr(f"max(struct({fields})) AS play")
-    plays = events.where(IS_PLAY).repartition(*key)  # Else they are sorted twice.
+    plays = events.where(IS_PLAY).repartition(*key)  # Spark would sort them twice.
     plays = plays.groupBy(*key).agg(greatest).select(*key, "play.*")
+    # Each song by its title and a name of its artist; the only artist of each name.
+    names = songs.where(HAS_SONG_KEYS).where("artist_name IS NOT NULL")
+    names = names.selectExpr("artist_id", "artist_name AS artist").distinct()
+    titles = build_songs(songs).withColumnRenamed("title", "song")
+    titles = titles.join(names, on="artist_id", how="inner").groupBy("song", "artist")
+    every = F.expr("collect_list(struct(duration, song_id, artist_id)) AS songs")
+    sole = F.expr("if(count(*) = 1, min(artist_id), null) AS sole_artist_id")
+    # Both have one row a key, so that no join can multiply a play.
+    found = plays.join(titles.agg(every), on=["song", "artist"], how="left")
+    found = found.join(names.groupBy("artist").agg(sole), on="artist", how="left")
     gap = "coalesce(abs(song.duration - length), double('infinity'))"
     fit = f"song -> struct({gap}, song.song_id, song.artist_id)"
     best = F.expr(f"array_min(transform(songs, {fit}))")
-    titles, names = look_up_songs(songs)
-    found = (
-        plays
-        # Each of these has one row a key, so that no join can multiply a play.
-        .join(titles, on=["song", "artist"], how="left")
-        .join(names, on="artist", how="left")
-        .withColumns({"best": best, "start_time": F.timestamp_millis("ts")})
-    )
+    found = found.withColumns({"best": best, "start_time": F.timestamp_millis("ts")})
     return found.selectExpr(
         f"{SONGPLAY_ID} AS songplay_id",
         "start_time",
@@ -359,19 +352,6 @@ def build_songplays(events: DataFrame, songs: DataFrame) -> DataFrame:
         "year(start_time) AS year",
         "month(start_time) AS month",
     )
-
-
-def look_up_songs(songs: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """The songs of each title and name of their artist: song, artist string; songs, an
-    array of (duration, song_id, artist_id). And the artist of each name, null where
-    several have it: artist, sole_artist_id string."""
-    names = songs.where(HAS_SONG_KEYS).where("artist_name IS NOT NULL")
-    names = names.selectExpr("artist_id", "artist_name AS artist").distinct()
-    found = F.expr("collect_list(struct(duration, song_id, artist_id)) AS songs")
-    titles = build_songs(songs).withColumnRenamed("title", "song")
-    titles = titles.join(names, on="artist_id", how="inner").groupBy("song", "artist")
-    sole = F.expr("if(count(*) = 1, min(artist_id), null) AS sole_artist_id")
-    return titles.agg(found), names.groupBy("artist").agg(sole)
 
 
 # --- Write and check ------------------------------------------------------------------
@@ -408,11 +388,10 @@ def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
     for name, rows in views.items():
         rows.createOrReplaceTempView(name)
         kind, _, table = name.rpartition("_")
-        figures = {"rows": "count(*)"}
+        links = {key: f"count({key})" for of, key, _ in FOREIGN_KEYS if of == name}
+        figures = {"rows": "count(*)", **links}
         if kind != "all":
             figures["keys"] = f"count(DISTINCT {TABLES[table].key})"
-        links = (column for of, column, _ in FOREIGN_KEYS if of == name)
-        figures.update({column: f"count({column})" for column in links})
         counts = ", ".join(f"'{of}', {count}" for of, count in figures.items())
         queries.append(f"SELECT '{name}', map({counts}), '' FROM {name}")
     for name, column, owner in FOREIGN_KEYS:
@@ -466,13 +445,11 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
     """The lake's manifest: INPUT; the hash of this script; the state of each file whose
-    records the lake holds, as list_files has it; how many records it holds, as
-    stage_records has it. Where there is none to rely on, it has no files, which makes a
-    full run."""
+    records the lake holds, as list_files has it; the counts of its records, as
+    stage_records has them. With none to rely on, it has no files: a full run."""
     with open(__file__, "rb") as file:
         script = hashlib.sha256(file.read()).hexdigest()
-    empty: dict[str, Any] = {"input": settings.input, "script": script}
-    empty.update(files={}, counts=[])
+    empty = {"input": settings.input, "script": script, "files": {}, "counts": []}
     found, names = None, [of for of in lake.files("_records") if "/_manifest-" in of]
     with suppress(ValueError):
         found = json.loads(lake.read(names[0])) if len(names) == 1 else None
@@ -546,8 +523,7 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     with step("4/5 Check the tables"):
         figures = check_tables(views)
     with step("5/5 Publish"):
-        wholes = {name: figures.get(f"all_{name}", figures[name]) for name in TABLES}
-        tables = {name: of["rows"] for name, of in wholes.items()}
+        tables = {of: figures.get(f"all_{of}", figures[of])["rows"] for of in TABLES}
         for of, table in zip(report["records"].values(), ("songs", "songplays")):
             of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
         report.update(built=what, tables=tables, plays=figures["songplays"])
@@ -558,9 +534,7 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     return report
 
 
-def stage_records(
-    lake: Lake, staged: Lake, news: News, kind: str
-) -> tuple[list[list[Any]], set[int], DataFrame]:
+def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any, ...]:
     """Stages the records of new and changed files, which are parsed once; and those of
     known files in the same months. Gives the counts of the new ones, each a list of
     file, kind, month_id, reason or null, records, songs or plays; the months that
@@ -596,9 +570,7 @@ def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any
     return changes
 
 
-def stage_tables(
-    lake: Lake, staged: Lake, changes: dict[str, Any]
-) -> dict[str, DataFrame]:
+def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str, Any]:
     """Stages what changes of the tables. Gives the views that check_tables wants."""
 
     def complete(name: str, rows: DataFrame) -> DataFrame:
@@ -610,13 +582,12 @@ def stage_tables(
 
     songs = read_files(staged, "_records/songs", RECORDS["songs"])
     songs = complete("_records/songs", songs).where(IS_GOOD)
-    events = read_files(staged, "_records/events", RECORDS["events"])
-    latest = find_latest(events.where(IS_GOOD), "userId", *MONTH)
+    events = read_files(staged, "_records/events", RECORDS["events"]).where(IS_GOOD)
+    latest = find_latest(events, "userId", *MONTH)
     write_files(latest, staged, "_records/users")
     latest = read_files(staged, "_records/users", latest.schema)
     if changes["songplays"] is None:
-        events = complete("_records/events", events)
-    events = events.where(IS_GOOD)
+        events = complete("_records/events", events).where(IS_GOOD)
     tables = {
         "songplays": build_songplays(events, songs),
         "users": build_users(complete("_records/users", latest)),
@@ -682,15 +653,14 @@ def find_fault(report: dict[str, Any], counts: list[list[Any]]) -> str | None:
 
 def format_report(report: dict[str, Any]) -> str:
     """A report as a person reads it."""
-    records, plays = report["records"].items(), report["plays"]
-    built = plays["rows"]
+    records, built = report["records"].items(), report["plays"]["rows"]
     lines = ["Input    " + "".join(f"{of:>12}" for of in report["records"]["songs"])]
     for kind, of in records:
         lines.append(f"{kind:9}" + "".join(f"{count:12,}" for count in of.values()))
     lines += ["", "Table            rows"]
     lines += [f"{name:9}{rows:12,}" for name, rows in report["tables"].items()]
     for what in ("song", "artist"):
-        found = plays[f"{what}_id"]
+        found = report["plays"][f"{what}_id"]
         share = f"{found:,} of {built:,} plays ({found / max(built, 1):.0%})"
         lines.append(f"{share} that were built have their {what} in the catalogue")
     read, bad = (sum(of[n] for _, of in records) for n in ("read", "rejected"))
@@ -782,8 +752,12 @@ class Lake:
         paths = (self.path(source), self.path(target))
         if not self.root.startswith("s3"):  # S3 has no folders.
             self.fs.mkdirs(paths[1].getParent())
-        if not self.fs.rename(*paths):
-            raise OSError(f"{self.root}/{target}: can't be renamed to its place")
+        try:
+            reason = "" if self.fs.rename(*paths) else "can't be renamed to its place"
+        except Py4JError as error:  # The answer may be lost, not the call.
+            reason = explain(error)
+        if reason and not self.fs.exists(paths[1]):
+            raise OSError(f"{self.root}/{target}: {reason}")
 
     def delete(self, name: str, recursive: bool = False) -> None:
         """Deletes a file, an empty folder or, if recursive, any, where it is there."""
@@ -914,8 +888,9 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
             list(pool.map(lake.move, names, map(moves.get, names)))
         # A target that exists is whole: S3A copies a file, then deletes it.
         list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
-    folders = {str(of) for name in journal["replaced"] for of in Path(name).parents}
-    for folder in sorted(folders - {"."}, reverse=True):
+    # A file lies in its table's folder, or one or two levels deeper.
+    folders = {name.rsplit("/", of)[0] for name in journal["replaced"] for of in (1, 2)}
+    for folder in sorted(folders, reverse=True):
         with suppress(Py4JError, OSError):  # A folder that isn't empty stays.
             lake.delete(folder)
     lake.delete(f"{staging}/_journal.json")
@@ -948,6 +923,7 @@ S3A_KEYS = {
     "AWS_REGION": "endpoint.region",
     "ENDPOINT_URL": "endpoint",
 }
+CONFIG_KEYS = {"LAKE": ("INPUT", "OUTPUT", "DATABASE"), "AWS": tuple(S3A_KEYS)}
 # What those packages name but Spark has already, or other clouds need.
 NOT_NEEDED = (
     "software.amazon.awssdk:bundle,com.amazonaws:aws-java-sdk-bundle,joda-time:*,"
@@ -955,53 +931,67 @@ NOT_NEEDED = (
     "org.apache.hadoop:hadoop-azure*,com.google.cloud.bigdataoss:*,"
     "com.fasterxml.jackson.*:*,org.eclipse.jetty:*"
 )
+# Settings of an own Spark.
+S3A_OPTIONS = {
+    "spark.jars.excludes": NOT_NEEDED,
+    "spark.hadoop.fs.s3a.directory.operations.purge.uploads": "true",  # of killed runs
+    "spark.hadoop.fs.s3a.committer.magic.track.commits.in.memory.enabled": "true",
+    "spark.hadoop.fs.s3a.input.stream.type": "prefetch",
+    # A dead server is waited for some seconds, not minutes: S3A tries three times.
+    "spark.hadoop.fs.s3a.attempts.maximum": "0",
+    "spark.hadoop.fs.s3a.retry.limit": "2",
+    "spark.hadoop.fs.s3a.connection.timeout": "10000",  # ms
+}
 
 
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
-    bytes of each file of INPUT by its name; nothing where they can't be listed."""
+    bytes of each file of INPUT by its URI; nothing where they can't be listed."""
     source, sizes = settings.input, {}
     has_boto3, is_local = bool(find_spec("boto3")), source.startswith("file:")
     if has_boto3 and "s3" in (source[:2], settings.output[:2]):
         sizes = check_s3(settings)
     hint = "give --input the folder of song_data/ and log_data/"
     for part in SOURCES.values():
-        folder = f"{source[7:]}/{part}"
         if is_local:
+            folder = f"{source[7:]}/{part}"
             try:
                 os.listdir(folder)
-            except OSError as error:
-                lack = f"INPUT {folder}: {error.strerror}"
-                raise SettingsError(f"{lack}: {hint}") from None
-            files = filter(os.path.isfile, glob(f"{escape(folder)}/**", recursive=True))
-            files = (of for of in files if of.endswith((".json", ".json.gz")))
-            sizes.update((of, os.path.getsize(of)) for of in files)
+            except OSError as why:
+                raise SettingsError(f"INPUT {folder}: {why.strerror}: {hint}") from None
+            paths = filter(os.path.isfile, glob(f"{escape(folder)}/**", recursive=True))
+            sizes.update((f"file://{path}", os.path.getsize(path)) for path in paths)
+        files = [name for name in sizes if name.startswith(f"{source}/{part}/")]
         is_listed = is_local or (has_boto3 and source.startswith("s3"))
-        if is_listed and not any(f"/{part}/" in f"/{name}" for name in sizes):
+        if is_listed and not any(re.search(r"\.json(\.gz)?$", name) for name in files):
             lack = f"INPUT {source} holds no {part}/ with .json or .json.gz files"
             raise SettingsError(f"{lack}: {hint}")
     return sizes
 
 
 def check_s3(settings: Settings) -> dict[str, int]:
-    """The bytes of each object of INPUT on S3, by its key. Raises SettingsError unless
+    """The bytes of each object of INPUT on S3, by its URI. Raises SettingsError unless
     it can be listed, and objects in OUTPUT on S3 be written and deleted."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    uri, sizes = settings.input, {}
+    uri = next(of for of in (settings.input, settings.output) if of.startswith("s3"))
+    sizes: dict[str, int] = {}
     aws = {key.lower(): value for key, value in settings.aws.items()}
     region, retries = aws.pop("aws_region", None), {"total_max_attempts": 2}
     style = {"addressing_style": "path" if "endpoint_url" in aws else "auto"}
     config = Config(connect_timeout=2, read_timeout=10, retries=retries, s3=style)
     try:
         client = boto3.client("s3", region_name=region, config=config, **aws)
-        for part in SOURCES.values() if uri.startswith("s3") else ():
-            _, bucket, key = f"{uri}/{part}/".split("/", 3)[1:]
+        for part in SOURCES.values() if uri == settings.input else ():
+            start = f"{uri}/{part}/"
+            _, bucket, key = start.split("/", 3)[1:]
             pages = client.get_paginator("list_objects_v2")
             found = pages.paginate(Bucket=bucket, Prefix=key).search("Contents[]")
-            sizes.update((of["Key"], of["Size"]) for of in found if of)
+            sizes.update(
+                (start + of["Key"][len(key) :], of["Size"]) for of in found if of
+            )
         uri = settings.output
         if uri.startswith("s3"):
             _, bucket, key = f"{uri}/_probe-{os.urandom(8).hex()}".split("/", 3)[1:]
@@ -1015,7 +1005,7 @@ def check_s3(settings: Settings) -> dict[str, int]:
     if method == "sso" and not aws and pyspark.__version__ < "4":
         hint = "install pyspark 4, or set what aws configure export-credentials prints"
         raise SettingsError(f"Spark 3.5 knows no AWS SSO: {hint}")
-    return {key: size for key, size in sizes.items() if ".json" in key}
+    return sizes
 
 
 def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
@@ -1029,10 +1019,11 @@ def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
     for key, value in SQL_OPTIONS.items():
         spark.conf.set(key, value)
     for uri in (settings.input, settings.output):
-        if uri.startswith("s3a:"):
+        if uri.startswith("s3"):
             configure_s3(spark, uri.split("/")[2], settings.aws)
     encoding = spark._jvm.java.lang.System.getProperty("sun.jnu.encoding")
-    if "ANSI" in encoding and not "".join(of for of in sizes if of[0] == "/").isascii():
+    local = "".join(name for name in sizes if name.startswith("file:"))
+    if "ANSI" in encoding and not local.isascii():
         raise SettingsError("Java passes over names with é: set LC_ALL=C.UTF-8 for it")
     return spark
 
@@ -1054,8 +1045,14 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
-        **(s3_options() if "s3a://" in settings.input + settings.output else {}),
     }
+    if "s3a://" in settings.input + settings.output:
+        options.update(S3A_OPTIONS)
+        options["spark.jars.packages"] = packages = s3_packages()
+        chain = "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"
+        if "aws-java-sdk" in packages:
+            chain = "com.amazonaws.auth.DefaultAWSCredentialsProviderChain"
+        options["spark.hadoop.fs.s3a.aws.credentials.provider"] = chain
     if os.environ.get("LC_ALL") in ("C", "POSIX"):  # Java passes over names with é.
         os.environ["LC_ALL"] = "C.UTF-8"
     reader, writer = os.pipe()
@@ -1096,26 +1093,6 @@ def s3_packages() -> str:
     return ",".join(packages)
 
 
-def s3_options() -> dict[str, str]:
-    """What an own Spark needs for S3."""
-    packages, s3a = s3_packages(), "spark.hadoop.fs.s3a"
-    chain = "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"
-    if "aws-java-sdk" in packages:
-        chain = "com.amazonaws.auth.DefaultAWSCredentialsProviderChain"
-    return {
-        "spark.jars.packages": packages,
-        "spark.jars.excludes": NOT_NEEDED,
-        f"{s3a}.aws.credentials.provider": chain,
-        f"{s3a}.directory.operations.purge.uploads": "true",  # of a run that was killed
-        f"{s3a}.committer.magic.track.commits.in.memory.enabled": "true",
-        f"{s3a}.input.stream.type": "prefetch",
-        # A dead server is waited for some seconds, not minutes.
-        f"{s3a}.attempts.maximum": "2",
-        f"{s3a}.retry.limit": "2",
-        f"{s3a}.connection.timeout": "10000",  # ms
-    }
-
-
 def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
     """Gives S3A what dl.cfg says, for this bucket alone; on the running context, since
     a session's settings stand in the JVM's command line, which every user can read."""
@@ -1139,9 +1116,8 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
 
 
 def register_tables(lake: Lake, database: str) -> None:
-    """Registers the lake's tables in the catalog of the Spark at hand, in Hive's
-    format, which Athena and Redshift read. Raises RunError for a table that isn't
-    external."""
+    """Registers the lake's tables in the catalog of the Spark at hand, as Hive's, which
+    Athena and Redshift read. Raises RunError for a table that isn't external."""
     spark = lake.spark
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     for name, table in TABLES.items():
@@ -1167,8 +1143,6 @@ def register_tables(lake: Lake, database: str) -> None:
 
 
 # --- Settings -------------------------------------------------------------------------
-
-CONFIG_KEYS = {"LAKE": ("INPUT", "OUTPUT", "DATABASE"), "AWS": tuple(S3A_KEYS)}
 
 
 @dataclass(frozen=True)
@@ -1238,15 +1212,14 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
         raise SettingsError(f"{path}: {hint}") from None
     sections = {key: section for section, keys in CONFIG_KEYS.items() for key in keys}
     config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
-    for section in parser.sections():
-        for key, value in parser[section].items():
-            if sections.get(key) != section:
-                move = (
-                    f"move {key} under [{sections[key]}]: " if key in sections else ""
-                )
-                raise SettingsError(f"{path}: {move}{hint}")
-            if value := value.strip("'\""):
-                config[section][key] = value
+    for section, key in ((of, key) for of in parser.sections() for key in parser[of]):
+        if sections.get(key) != section:
+            move = f"move {key} under [{sections[key]}]: " if key in sections else ""
+            raise SettingsError(f"{path}: {move}{hint}")
+        if value := parser[section][key].strip("'\""):
+            config[section][key] = value
+    if not CONFIG_KEYS.keys() >= set(parser.sections()):
+        raise SettingsError(f"{path}: {hint}")
     return config
 
 
@@ -1291,7 +1264,8 @@ def main(argv: Sequence[str] = ()) -> int:
     secrets: list[str] = []
     try:
         settings = parse_settings(argv)
-        secrets = [settings.aws.get(key, "") for key in tuple(S3A_KEYS)[:3]]
+        open_to_all = ("AWS_REGION", "ENDPOINT_URL")
+        secrets = [of for key, of in settings.aws.items() if key not in open_to_all]
         if report := run_or_cancel(settings):
             say(format_report(report), to=sys.stdout)
         return 0

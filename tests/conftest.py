@@ -1,21 +1,19 @@
-"""What all the tests share: the repository's root, one Spark, one S3 server."""
+"""What the tests share: the repository's root, one Spark, the command, its tables."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Callable
 from urllib.parse import unquote
 
 import pyarrow.dataset as ds
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
-
-if TYPE_CHECKING:
-    from s3_server import Server
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +26,12 @@ QUICK_SPARK = (
     "--master local[2] --conf spark.sql.shuffle.partitions=2 --driver-java-options "
     "'-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m' pyspark-shell"
 )
+# A line that the job prints before its last one.
+STEP = re.compile(
+    r"Sparkify ETL: .* -> .*|[\d,]+ files: .*|All files are read, .*|"
+    r"(\d/5|Register) .*\. +\d+ s"
+)
+Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
@@ -41,52 +45,57 @@ def spark() -> Iterator[SparkSession]:
     session.stop()
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """The S3 server."""
-    from s3_server import running_server  # Importing moto takes seconds.
-
-    with running_server() as server:
-        yield server
-
-
-def run_command(
-    line: Sequence[str], cwd: Path | None = None, **environ: str
-) -> subprocess.CompletedProcess[str]:
+def run_command(line: Sequence[str], cwd: Path | None = None, **environ: str) -> Done:
     """Runs a command line, with more variables in its environment."""
+    env = {**os.environ, **environ}
     return subprocess.run(
-        line,
-        cwd=cwd,
-        env={**os.environ, **environ},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        line, cwd=cwd, env=env, check=False, capture_output=True, text=True, timeout=600
     )
 
 
-def run_etl(
-    *flags: str, cwd: Path | None = None, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs `python etl.py` in a process of its own, on a Spark that suits tiny tables.
+def run_etl(*flags: str, **environ: str) -> Done:
+    """Runs `python etl.py` here, in a process and on a Spark of its own."""
+    line = [sys.executable, str(ROOT / "etl.py"), *flags]
+    return run_command(line, PYSPARK_SUBMIT_ARGS=QUICK_SPARK, **environ)
 
-    The dl.cfg of cwd is read, if cwd is given and has one, but never the repository's.
-    """
-    own_config = cwd is not None and (cwd / "dl.cfg").exists()
-    config = () if own_config else ("--config", os.devnull)
-    line = [sys.executable, str(ROOT / "etl.py"), *config, *flags]
-    return run_command(line, cwd, **{"PYSPARK_SUBMIT_ARGS": QUICK_SPARK, **environ})
+
+def error_in(printed: str) -> str:
+    """The line that tells an error, the last one; any others are the job's steps."""
+    *steps, line = printed.splitlines()
+    assert line.startswith("etl.py: error: ")
+    assert [of for of in steps if not STEP.fullmatch(of)] == []
+    return line
+
+
+@pytest.fixture
+def failure(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command with some flags and a dl.cfg, which has to end with a code, and
+    gives its error. Wrong settings, code 2, are told before any step and file."""
+
+    def fail(code: int, *flags: str, config: str = "") -> str:
+        Path("dl.cfg").write_text(config, encoding="utf-8", errors="surrogateescape")
+        before = sorted(Path().rglob("*"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JAVA_HOME", os.devnull)  # No Spark can be started.
+            assert etl.main(flags) == code
+        printed = capsys.readouterr()
+        line = error_in(printed.err)
+        assert printed.out == ""
+        if code == 2:
+            assert (printed.err, sorted(Path().rglob("*"))) == (f"{line}\n", before)
+        return line
+
+    return fail
 
 
 def read_files(
     spark: SparkSession, folder: Path, files: Mapping[str, str | bytes], kind: str
 ) -> DataFrame:
-    """The records of some songs' or events' files, by their paths, which are written."""
+    """The records of songs' or events' files, by their paths, which it writes."""
     for name, content in files.items():
         path = folder / etl.SOURCES[kind] / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = content.encode() if isinstance(content, str) else content
-        path.write_bytes(data)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     place = etl.to_uri(f"{folder}/{etl.SOURCES[kind]}")
     records = etl.read_records(kind, etl.open_files(spark, place), place)
     return records.drop(*etl.MONTH) if kind == "events" else records
@@ -111,15 +120,6 @@ def read_table(lake: Path, table: str) -> list[dict[str, Any]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the marker known."""
-    config.addinivalue_line("markers", "long: takes minutes; run with pytest -m long")
-
-
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
     """Leaves out the long tests, unless markers are chosen on the command line."""
-    if not config.option.markexpr:
-        long = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    config.addinivalue_line("markers", "long: takes minutes; run with pytest -m long")
+    config.option.markexpr = config.option.markexpr or "not long"

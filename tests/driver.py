@@ -1,5 +1,5 @@
 """Runs the job with a signal at the first call of a method of Hadoop's file system on a
-path that has a text in it: python tests/driver.py SIGKILL before delete /songs/ [flags]"""
+path with a text: python tests/driver.py SIGKILL before delete /songs/ [flags]"""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import etl
 
 
 def watched(lake: etl.Lake, watch: Callable[[int, str, str, str], Any]) -> etl.Lake:
-    """A lake whose file-system calls `watch` sees as number, "before" or "after", method
-    and first path. What it answers before a call, but None, comes instead of the call."""
+    """A lake whose file-system calls `watch` sees: number, "before" or "after", method,
+    first path. What it answers before a call, but None, comes in place of the call."""
     numbers = count(1)  # next() on it is atomic.
 
     class Watched:

@@ -15,39 +15,18 @@ TS = 1541121934796
 
 def song(**changes: Any) -> Record:
     """A song record with all fields that the job reads."""
-    record = {
-        "song_id": "S1",
-        "title": "Hello",
-        "artist_id": "A1",
-        "artist_name": "Adele",
-        "artist_location": "London",
-        "artist_latitude": 51.5,
-        "artist_longitude": -0.1,
-        "duration": 295.5,
-        "year": 2015,
-    }
-    return {**record, **changes}
+    record: Record = {"song_id": "S1", "title": "Hello", "artist_id": "A1"}
+    record.update(artist_name="Adele", artist_location="London")
+    record.update(artist_latitude=51.5, artist_longitude=-0.1)
+    return {**record, "duration": 295.5, "year": 2015, **changes}
 
 
 def play(**changes: Any) -> Record:
     """A log event with all fields that the job reads: a play of song()."""
-    record = {
-        "ts": TS,
-        "userId": "39",
-        "sessionId": 38,
-        "itemInSession": 0,
-        "page": "NextSong",
-        "song": "Hello",
-        "artist": "Adele",
-        "length": 295.5,
-        "level": "free",
-        "location": "Reno, NV",
-        "userAgent": "Firefox",
-        "firstName": "Ann",
-        "lastName": "Lee",
-        "gender": "F",
-    }
-    return {**record, **changes}
+    record: Record = {"ts": TS, "userId": "39", "sessionId": 38, "itemInSession": 0}
+    record.update(page="NextSong", song="Hello", artist="Adele", length=295.5)
+    record.update(level="free", location="Reno, NV", userAgent="Firefox")
+    return {**record, "firstName": "Ann", "lastName": "Lee", "gender": "F", **changes}
 
 
 def to_json(record: Record) -> str:
@@ -60,8 +39,7 @@ def write_input(
     songs: Iterable[Record | str] = (),
     events: Iterable[Record | str] = (),
 ) -> Path:
-    """Writes song_data/ and log_data/ below a folder, a file each, a record a line; a
-    text is a line as it is."""
+    """Writes song_data/ and log_data/ below a folder, a file each, a record a line."""
     files = {"song_data/A/a.json": songs}
     files["log_data/2018/11/2018-11-01-events.json"] = events
     for name, records in files.items():

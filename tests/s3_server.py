@@ -1,5 +1,5 @@
-"""An S3 server for tests: moto's in this process, whose requests can be counted and made
-to fail, or the one of S3_TEST_ENDPOINT, S3_TEST_KEY and S3_TEST_SECRET."""
+"""An S3 server for tests: moto's in this process, whose requests can be seen and fail,
+or the one of S3_TEST_ENDPOINT, S3_TEST_KEY and S3_TEST_SECRET."""
 
 from __future__ import annotations
 
@@ -7,75 +7,76 @@ import logging
 import os
 import socket
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any, Callable
 
 import boto3
 import pytest
 from botocore.config import Config
-from moto.moto_server.werkzeug_app import (
-    DomainDispatcherApplication,
-    MotoRequestHandler,
-    create_backend_app,
-)
+from moto.moto_server import werkzeug_app as moto
 from werkzeug.serving import make_server
 
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 REAL_SERVER = "S3_TEST_ENDPOINT" in os.environ
 
 
 @dataclass
 class Server:
-    """An S3 server and who may use it; of moto's, the requests that it got by kind, and
-    how a request, "PUT /bucket/key" for one, fails: "denied", "lost" or not at all."""
+    """An S3 server and who may use it; of moto's, the requests that it got, "PUT
+    /bucket/key" for one, and how a request fails: "denied", "lost" or not at all."""
 
     endpoint: str
     key: str
     secret: str
     token: str | None = None
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: list[str] = field(default_factory=list)
     fails: Callable[[str], str | None] = lambda request: None
 
     @cached_property
     def bucket(self) -> Any:
         """Gives boto3's view of a bucket by its name."""
-        s3 = boto3.resource(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            aws_session_token=self.token,
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}),
-        )
-        return s3.Bucket
+        session = boto3.Session(self.key, self.secret, self.token, "us-east-1")
+        config = Config(s3={"addressing_style": "path"})
+        return session.resource("s3", endpoint_url=self.endpoint, config=config).Bucket
+
+    def objects(self, bucket: str) -> dict[str, int]:
+        """The bytes of each object of a bucket by its key."""
+        return {of.key: of.size for of in self.bucket(bucket).objects.all()}
+
+    def put(self, bucket: str, key: str, text: str = "{}") -> None:
+        """Makes an object."""
+        self.bucket(bucket).put_object(Key=key, Body=text.encode())
+
+    def download(self, bucket: str, prefix: str, folder: Path) -> Path:
+        """Copies the objects below a prefix into a folder."""
+        for of in self.bucket(bucket).objects.filter(Prefix=prefix):
+            path = folder / of.key[len(prefix) :]
+            if of.size:  # A folder's marker has no bytes.
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(of.get()["Body"].read())
+        return folder
 
     def config(self, **values: str) -> str:
         """The text of a dl.cfg for this server; an empty value leaves a key out."""
-        aws = {
-            "ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.key,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
-            "AWS_SESSION_TOKEN": self.token or "",
-            **values,
-        }
+        aws = dict(zip(KEYS, (self.key, self.secret, self.token or "")))
+        aws = {"ENDPOINT_URL": self.endpoint, **aws, **values}
         return "[AWS]\n" + "".join(f"{k} = {v}\n" for k, v in aws.items() if v)
 
 
-@contextmanager
-def running_server() -> Iterator[Server]:
+def serve() -> Iterator[Server]:
     """The S3 server: moto's, or the one that the environment names."""
     if REAL_SERVER:
         names = ("S3_TEST_ENDPOINT", "S3_TEST_KEY", "S3_TEST_SECRET")
         yield Server(*(os.environ[name] for name in names))
         return
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = DomainDispatcherApplication(create_backend_app)
+    serve_s3 = moto.DomainDispatcherApplication(moto.create_backend_app)
 
     def app(environ: dict[str, Any], respond: Callable[..., Any]) -> Any:
         kind, query = environ["REQUEST_METHOD"], environ["QUERY_STRING"]
@@ -83,18 +84,19 @@ def running_server() -> Iterator[Server]:
             kind = "LIST"
         if "HTTP_X_AMZ_COPY_SOURCE" in environ:
             kind = "COPY"
-        server.requests[kind] += 1
+        server.requests.append(f"{kind} {environ['PATH_INFO']}")
         fault = server.fails(f"{kind} {environ['PATH_INFO']}")
         if fault == "lost":  # The request is carried out, and its answer lost.
-            b"".join(moto(environ, lambda *_: None))
+            b"".join(serve_s3(environ, lambda *_: None))
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         if fault:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH", 0)))
             respond("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code></Error>"]
-        return moto(environ, respond)
+        return serve_s3(environ, respond)
 
-    http = make_server("127.0.0.1", 0, app, True, request_handler=MotoRequestHandler)
+    handler = moto.MotoRequestHandler
+    http = make_server("127.0.0.1", 0, app, True, request_handler=handler)
     server = Server(
         f"http://127.0.0.1:{http.server_port}",
         "AKIATESTACCESSKEY0123",
@@ -113,45 +115,17 @@ def running_server() -> Iterator[Server]:
 def failing(
     server: Server, first: int, fault: str = "denied", last: float = 0
 ) -> Iterator[list[str]]:
-    """Makes the first to the last request from now on fail, "denied" or "lost". Gives the
-    requests that came."""
-    seen, lock = [], Lock()
+    """Makes the first to the last request from now on fail. Gives those that came."""
+    seen: list[str] = []
+    numbers = count(1)  # next() on it is atomic.
 
     def fails(request: str) -> str | None:
-        with lock:
-            seen.append(request)
-            return fault if first <= len(seen) <= max(first, last) else None
+        seen.append(request)
+        return fault if first <= next(numbers) <= max(first, last) else None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "fails", fails)
         yield seen
-
-
-def objects(server: Server, bucket: str) -> dict[str, int]:
-    """The bytes of each object of a bucket by its key."""
-    return {of.key: of.size for of in server.bucket(bucket).objects.all()}
-
-
-def put(server: Server, bucket: str, key: str, body: bytes = b"{}") -> None:
-    """Makes an object."""
-    server.bucket(bucket).put_object(Key=key, Body=body)
-
-
-def upload_folder(server: Server, bucket: str, prefix: str, folder: Path) -> None:
-    """Copies the files of a folder to keys below a prefix, which ends with a slash."""
-    for path in filter(Path.is_file, folder.rglob("*")):
-        key = prefix + path.relative_to(folder).as_posix()
-        put(server, bucket, key, path.read_bytes())
-
-
-def download(server: Server, bucket: str, prefix: str, folder: Path) -> Path:
-    """Copies the objects below a prefix into a folder."""
-    for of in server.bucket(bucket).objects.filter(Prefix=prefix):
-        path = folder / of.key[len(prefix) :]
-        if of.size:  # A folder's marker has no bytes.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(of.get()["Body"].read())
-    return folder
 
 
 @contextmanager
@@ -165,6 +139,6 @@ def new_bucket(server: Server) -> Iterator[str]:
         for upload in bucket.multipart_uploads.all():
             upload.abort()
         bucket.objects.delete()
-        for key in sorted(objects(server, bucket.name), reverse=True):
+        for key in sorted(server.objects(bucket.name), reverse=True):
             bucket.Object(key).delete()  # a folder that had something in it
         bucket.delete()

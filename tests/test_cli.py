@@ -1,4 +1,4 @@
-"""The command: what it refuses, its exit codes, what it prints and what it leaves alone."""
+"""The command: what it refuses, how it ends, what it prints, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QUICK_SPARK, ROOT, read_table, run_command, run_etl
+from conftest import ROOT, STEP, error_in, read_table, run_command, run_etl
 from makers import play, song, to_json, write_input
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -25,11 +25,9 @@ from pyspark.sql import functions as F
 import etl
 
 SECRET = "wJalrXUtnFEMIexample"
-STEP = re.compile(
-    r"Sparkify ETL: .* -> .*|[\d,]+ files: .*|All files are read, .*|"
-    r"(\d/5|Register) .*\. +\d+ s"
-)
 PLAYS = [play(itemInSession=number) for number in range(97)]
+TOO_MANY = "3 of 101 records are bad, over --max-rejected 0.0199: "
+TOO_MANY += r"2 events are 'not JSON', as in \S*/in/log_data/\S*\.json; see "
 
 
 @pytest.fixture(autouse=True)
@@ -51,65 +49,37 @@ def java(tmp_path: Path) -> Path:
     return tmp_path / "java"
 
 
-def error_in(printed: str) -> str:
-    """The line that tells an error, the last one; any others are the job's steps."""
-    *steps, line = printed.splitlines()
-    assert line.startswith("etl.py: error: ")
-    assert [of for of in steps if not STEP.fullmatch(of)] == []
-    return line
-
-
-def failure(capsys: pytest.CaptureFixture[str], code: int, *flags: str) -> str:
-    """The one line that the command prints when it ends with this code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAVA_HOME", os.devnull)  # No Spark can be started.
-        assert etl.main(flags) == code
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    return error_in(printed.err)
-
-
 # --- Refused before Spark starts ------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--config", "mine.cfg"], "mine.cfg: No such file or directory"),
-        (["--input", "nowhere"], "/nowhere/song_data: No such file"),
-    ],
-)
-def test_command_refuses_in_one_line_before_spark_starts(
-    flags: list[str], reason: str, cwd: Path, java: Path
-) -> None:
+def test_command_refuses_in_one_line_before_spark_starts(cwd: Path, java: Path) -> None:
     before = sorted(cwd.rglob("*"))
-    done = run_etl(*flags, cwd=cwd, JAVA_HOME=str(java))
+    done = run_etl("--input=nowhere", JAVA_HOME=str(java))
     assert (done.returncode, done.stdout) == (2, "")
-    assert reason in error_in(done.stderr)
+    (line,) = done.stderr.splitlines()
+    assert f"{cwd}/nowhere/song_data: No such file" in error_in(line)
     assert sorted(cwd.rglob("*")) == before
     assert not (java / "started").exists()
 
 
-@pytest.mark.parametrize("case", ["none", "no program", "fails"])
-def test_java_that_does_not_run_is_one_line_that_says_which_to_install(
-    case: str, cwd: Path, java: Path, tmp_path: Path
+@pytest.mark.parametrize("home", ["", "java"])
+def test_java_that_is_missing_or_fails_is_one_line_that_says_which_to_install(
+    home: str, java: Path, tmp_path: Path
 ) -> None:
     for name in ("bash", "dirname", "env", "sh"):  # Spark's own scripts call these.
         (tmp_path / name).symlink_to(shutil.which(name))
-    if case == "no program":
-        (java / "bin" / "java").write_bytes(b"\x00")
-    environ = {"JAVA_HOME": "" if case == "none" else str(java), "PATH": str(tmp_path)}
-    done = run_etl("--input", "in", cwd=cwd, **environ)
+    environ = {"JAVA_HOME": home and str(java), "PATH": str(tmp_path)}
+    done = run_etl("--input=in", **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search("Java 17 .*apt-get install openjdk-17-jre", error_in(done.stderr))
+    assert (java / "started").exists() == bool(home)
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flag", "reason"),
     [
-        ("--catalog=glue:db", "unrecognized arguments: --catalog=glue:db"),
-        ("--input", "--input: expected one argument"),
+        ("--outpu=/lake", "unrecognized arguments: --outpu=/lake"),
+        ("--config=mine.cfg", "mine.cfg: No such file or directory"),
         ("--input=", "s3a://BUCKET/PREFIX"),
         ("--output=gs://bucket/x", "'gs://bucket/x'"),
         ("--input=s3a://", "'s3a://'"),
@@ -117,60 +87,42 @@ def test_java_that_does_not_run_is_one_line_that_says_which_to_install(
         ("--max-rejected=nan", "--max-rejected nan is not"),
     ],
 )
-def test_wrong_flag_is_refused(
-    flags: str, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert reason in failure(capsys, 2, *flags.split())
+def test_wrong_flag_is_refused(flag: str, reason: str, failure: Any) -> None:
+    assert reason in failure(2, flag)
 
 
 @pytest.mark.parametrize("kind", ["song_data", "log_data"])
-def test_each_part_of_the_input_needs_json_files(
-    kind: str, cwd: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.rmtree(cwd / "in" / kind)
-    (cwd / "in" / kind).mkdir()
-    (cwd / "in" / kind / "a.txt").touch()
-    assert f"/in holds no {kind}/ with .json or" in failure(capsys, 2, "--input=in")
+def test_each_part_of_the_input_needs_json_files(kind: str, failure: Any) -> None:
+    (path,) = Path("in", kind).rglob("*.json")
+    path.rename(path.with_suffix(".txt"))
+    assert f"/in holds no {kind}/ with .json or" in failure(2, "--input=in")
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "told"),
     [
-        "[S3]\nX = y",
-        f"[LAKE]\nINPUTS = {SECRET}",
-        f"[AWS]\nOUTPUT = {SECRET}",
-        f"[DEFAULT]\nOUTPUT = {SECRET}",
-        f"AWS_SECRET_ACCESS_KEY = {SECRET}",
-        f"[LAKE]\nINPUT = in\n{SECRET}",
-        f"[LAKE]\nINPUT = in\nINPUT = {SECRET}",
-        f"[AWS]\nAWS_SECRET_ACCESS_KEY =\n{SECRET}=",
-        f"[LAKE]\nINPUT = \udce9 {SECRET}",
+        (f"[LAKE]\nINPUTS = {SECRET}", "write"),
+        (f"[AWS]\nOUTPUT = {SECRET}", r"move OUTPUT under \[LAKE\]: write"),
+        (f"[DEFAULT]\nOUTPUT = {SECRET}", r"move OUTPUT under \[LAKE\]: write"),
+        ("[aws]", "write"),
+        (f"AWS_SECRET_ACCESS_KEY = {SECRET}", "write"),
+        (f"[LAKE]\nINPUT = in\n{SECRET}", "write"),
+        (f"[LAKE]\nINPUT = in\nINPUT = {SECRET}", "write"),
+        (f"[AWS]\nAWS_SECRET_ACCESS_KEY =\n{SECRET}=", "write"),
+        (f"[LAKE]\nINPUT = \udce9 {SECRET}", "write"),
     ],
 )
 def test_wrong_settings_file_is_told_the_sections_and_keys_without_showing_a_value(
-    text: str, capsys: pytest.CaptureFixture[str]
+    text: str, told: str, failure: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("dl.cfg").write_bytes(text.encode("utf-8", "surrogateescape"))
-    line = failure(capsys, 2)
-    assert re.search(r"dl\.cfg: .*\[LAKE\] INPUT,? OUTPUT,? DATABASE\b", line)
+    line = failure(2, config=text)
+    assert re.search(rf"dl\.cfg: {told} .*\[LAKE\] INPUT,? OUTPUT,? DATABASE\b", line)
     assert re.search(r"\[AWS\] AWS_ACCESS_KEY_ID,? .*\bENDPOINT_URL\b", line)
     assert etl.main(["--debug"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback (most recent call last):")
     assert printed.splitlines()[-1] == line
     assert SECRET.lower() not in printed.lower()
-
-
-def test_setting_in_the_wrong_section_is_told_where_it_belongs(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    Path("dl.cfg").write_text(f"[AWS]\nINPUT = {SECRET}\n")
-    assert "dl.cfg: move INPUT under [LAKE]: " in failure(capsys, 2)
-
-
-def test_settings_value_ends_where_a_comment_begins(cwd: Path) -> None:
-    (cwd / "dl.cfg").write_text("[LAKE]\nOUTPUT = /tmp/x  # my lake\n")
-    assert etl.parse_settings([]).output == "file:///tmp/x"
 
 
 def test_importing_reads_no_settings_and_starts_nothing(cwd: Path, java: Path) -> None:
@@ -187,18 +139,15 @@ def test_importing_reads_no_settings_and_starts_nothing(cwd: Path, java: Path) -
 
 
 def test_flag_beats_settings_file_beats_default(cwd: Path) -> None:
-    settings = etl.parse_settings([])
-    assert settings.input == f"file://{ROOT}/data_sample"
-    assert settings.output == f"file://{cwd}/lake"
-    assert (settings.database, settings.max_rejected) == (None, 0.01)
-    assert (settings.break_lock, settings.debug) == (False, False)
+    places = f"file://{ROOT}/data_sample", f"file://{cwd}/lake"
+    default = etl.Settings(*places, None, 0.01, False, False, False, {})
+    assert etl.parse_settings() == default
     text = "[LAKE]\nINPUT = /file/in\nOUTPUT = /file/lake\nDATABASE = of_file\n"
     (cwd / "dl.cfg").write_text(text)
     flags = ["--output=/flag/lake", "--max-rejected=0", "--break-lock", "--debug"]
-    settings = etl.parse_settings(flags)
-    assert (settings.input, settings.output) == ("file:///file/in", "file:///flag/lake")
-    assert (settings.database, settings.max_rejected) == ("of_file", 0)
-    assert (settings.break_lock, settings.debug) == (True, True)
+    places = "file:///file/in", "file:///flag/lake"
+    given = etl.Settings(*places, "of_file", 0, False, True, True, {})
+    assert etl.parse_settings(flags) == given
     assert etl.parse_settings(["--database=of_flag"]).database == "of_flag"
 
 
@@ -217,24 +166,22 @@ def test_settings_file_lies_here_or_else_beside_the_script(
     assert copied.parse_settings([]).output == f"file://{tmp_path}/dl.cfg.lake"
 
 
-def test_settings_file_may_have_quotes_percent_signs_a_bom_and_gaps(cwd: Path) -> None:
-    text = "\ufeff# comment\n[LAKE]\ninput = \nOutput: '/100%/a lake'\n"
-    (cwd / "dl.cfg").write_text(text, encoding="utf-8")
-    assert etl.parse_settings([]).output == "file:///100%/a lake"
-    assert etl.parse_settings([]).input.endswith("/data_sample")
+def test_settings_file_may_have_quotes_percent_signs_comments_a_bom_and_gaps() -> None:
+    text = "\ufeff# comment\n[LAKE]\ninput = \nOutput: '/100%/a lake'  # my lake\n"
+    Path("dl.cfg").write_text(text, encoding="utf-8")
+    assert etl.parse_settings().output == "file:///100%/a lake"
+    assert etl.parse_settings().input.endswith("/data_sample")
 
 
 @pytest.mark.parametrize(
     ("path", "uri"),
     [
-        ("in/lake", "file://{cwd}/in/lake"),
         ("../a/./lake//", "file://{cwd.parent}/a/lake"),
         ("~/lake", "file:///home/me/lake"),
         ("/a b/%20+é#[x]", "file:///a b/%20+é#[x]"),
         ("file:///a/lake", "file:///a/lake"),
         ("hdfs://host:9000/a//lake/", "hdfs://host:9000/a/lake"),
-        ("s3a://bucket//a//lake/", "s3a://bucket/a/lake"),
-        ("s3://bucket/lake", "s3a://bucket/lake"),
+        ("s3://bucket//a//lake/", "s3a://bucket/a/lake"),
         ("s3a://bucket/", "s3a://bucket"),
     ],
 )
@@ -242,8 +189,7 @@ def test_path_becomes_an_absolute_uri(
     path: str, uri: str, cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    settings = etl.parse_settings(["--input=in", f"--output={path}"])
-    assert settings.output == uri.format(cwd=cwd)
+    assert etl.parse_settings([f"--output={path}"]).output == uri.format(cwd=cwd)
 
 
 # --- A run that fails -----------------------------------------------------------------
@@ -260,50 +206,31 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lake"
 
 
-TOO_MANY = (
-    "3 of 101 records are bad, over --max-rejected 0.0199: 2 events are 'not JSON'"
-)
-TOO_MANY += r", as in \S*/in/log_data/\S*\.json; see "
-
-
 @pytest.mark.parametrize(
     ("songs", "events", "reason"),
     [
-        (
-            [song(), "foo"],
-            [*PLAYS, "foo", "{"],
-            TOO_MANY,
-        ),
+        ([song(), "foo"], [*PLAYS, "foo", "{"], TOO_MANY),
         ([""], [play()], "no song in /.*/song_data: check --input"),
-        ([song()], [play(page="Home")], "no play .page NextSong. in /.*/log_data"),
-        ([song()], ["", " "], r"no play \(page NextSong\) in /.*/log_data: check"),
+        ([song()], [play(page="Home")], r"no play \(page NextSong\) in /.*/log_data: "),
     ],
-    ids=["too many bad records", "no song", "no play", "no event"],
+    ids=["too many bad records", "no song", "no play"],
 )
 def test_input_that_is_not_worth_publishing_ends_with_1_and_leaves_the_tables(
-    songs: list[Any],
-    events: list[Any],
-    reason: str,
-    lake: Path,
-    capsys: pytest.CaptureFixture[str],
+    songs: list[Any], events: list[Any], reason: str, lake: Path, failure: Any
 ) -> None:
     write_input(Path("in"), songs, events)
     tables = {path: path.read_bytes() for path in lake.rglob("*.parquet")}
     rejected = len([*lake.glob("_rejected/*")])
     flags = ["--input=in", "--max-rejected=0.0199"]
-    line = failure(capsys, 1, *flags, f"--output={lake}")
+    line = failure(1, *flags, f"--output={lake}")
     assert re.search(reason, line), line
     assert {path: path.read_bytes() for path in lake.rglob("*.parquet")} == tables
-    assert {of.name for of in lake.iterdir()} == {
-        *etl.TABLES,
-        "_records",
-        "_reports",
-        "_rejected",
-    }
-    if "foo" in events:
+    folders = {*etl.TABLES, "_records", "_reports", "_rejected"}
+    assert {of.name for of in lake.iterdir()} == folders
+    if reason == TOO_MANY:
         assert f"; see {lake}/_rejected (" in line
         assert len([*lake.glob("_rejected/*")]) == rejected + 1
-        failure(capsys, 1, *flags)  # into a lake of its own
+        failure(1, *flags)  # into a lake of its own
         assert [path.name for path in Path("lake").iterdir()] == ["_rejected"]
 
 
@@ -311,15 +238,16 @@ def test_output_that_cannot_be_a_folder_ends_with_2(
     spark: SparkSession, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for output in ("dl.cfg", "dl.cfg/lake"):
-        assert "/dl.cfg" in failure(capsys, 2, "--input=in", f"--output={output}")
+        assert etl.main(["--input=in", f"--output={output}"]) == 2
+        assert "/dl.cfg" in error_in(capsys.readouterr().err)
 
 
 def test_corrupt_gzip_file_is_named_in_one_line(
-    spark: SparkSession, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, failure: Any
 ) -> None:
     packed = gzip.compress(to_json(play()).encode() * 99)[:-20]
     Path("in/log_data/cut off.json.gz").write_bytes(packed)
-    line = failure(capsys, 1, "--input=in")
+    line = failure(1, "--input=in")
     assert re.search(r"/log_data/cut( |%20)off\.json\.gz: .*[Uu]nexpected end", line)
     assert [*Path("lake").iterdir()] == []
 
@@ -359,11 +287,6 @@ def test_run_leaves_the_callers_session_and_process_as_they_are(
     settings = {
         "spark.sql.session.timeZone": "Asia/Tokyo",
         "spark.sql.parquet.outputTimestampType": "INT96",
-        "spark.sql.adaptive.enabled": "false",
-        "spark.sql.sources.commitProtocolClass": "org.apache.spark.sql.execution"
-        ".datasources.SQLHadoopMapReduceCommitProtocol",
-        "spark.sql.parquet.output.committer.class": "org.apache.parquet.hadoop"
-        ".ParquetOutputCommitter",
     }
     for key, value in settings.items():
         caller.conf.set(key, value)
@@ -379,7 +302,9 @@ def test_run_leaves_the_callers_session_and_process_as_they_are(
 def test_terminal_shows_the_jobs_own_lines_and_sparks_progress_bar(cwd: Path) -> None:
     terminal, end = pty.openpty()
     line = [sys.executable, str(ROOT / "etl.py")]
-    environ = {**os.environ, "PYSPARK_SUBMIT_ARGS": QUICK_SPARK}
+    # The bar shows stages of half a second. So the reading gets hundreds of tasks.
+    conf = "--conf spark.sql.files.maxPartitionBytes=999 pyspark-shell"
+    environ = {**os.environ, "PYSPARK_SUBMIT_ARGS": conf}
     job = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=end, env=environ)
     os.close(end)
     printed = ""
@@ -387,16 +312,13 @@ def test_terminal_shows_the_jobs_own_lines_and_sparks_progress_bar(cwd: Path) ->
         while chunk := os.read(terminal, 65536):
             printed += chunk.decode()
     os.close(terminal)
-    with job:
-        report = job.stdout.read().decode()
+    report = job.communicate()[0].decode()
     assert job.returncode == 0, printed
     assert "\r[Stage " in printed
     lines = [line.split("\r")[-1] for line in printed.split("\r\n")[:-1]]
     assert [line for line in lines if not STEP.fullmatch(line)] == []
-    steps = " ".join(lines)
-    assert re.search(
-        "1/5 Start.* 2/5 Read.* 3/5 Build.* 4/5 Check.* 5/5 Publish", steps
-    ), steps
+    titles = ["1/5 Start", "2/5 Read", "3/5 Build", "4/5 Check", "5/5 Publish"]
+    assert re.search(".* ".join(titles), " ".join(lines)), lines
     assert re.search(r"^songplays +744$", report, re.MULTILINE)
     assert (cwd / "lake/_reports").is_dir()
     assert sorted(path.name for path in cwd.iterdir()) == ["dl.cfg", "in", "lake"]

@@ -1,4 +1,4 @@
-"""The job on a Spark that is given: a Spark home, and a standalone cluster of this machine."""
+"""The job on a Spark that is given: a Spark home, a cluster on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyspark
@@ -39,31 +38,20 @@ def test_python_without_pyspark_runs_on_the_spark_home(tmp_path: Path) -> None:
     assert len(read_table(tmp_path / "lake", "songplays")) == 1
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A standalone cluster: its master's URL and its workers' processes."""
-
-    master: str
-    workers: list[subprocess.Popen[bytes]]
-
-
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A master and two workers of a core each, with a process group for each."""
+def cluster(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """The URL of a master of two workers with a core each; a worker's process group."""
     processes: list[subprocess.Popen[bytes]] = []
+    environ = {"SPARK_HOME": str(SPARK), "SPARK_LOCAL_DIRS": str(tmp_path)}
+    environ = {**os.environ, **environ, "PYSPARK_PYTHON": sys.executable}
 
     def start(kind: str, until: str, *arguments: str) -> str:
         log = tmp_path / f"process-{len(processes)}.log"
-        host = ("--host", "127.0.0.1", "--webui-port", "0", "--port", "0")
-        line = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *host]
-        environ = {"SPARK_HOME": str(SPARK), "SPARK_LOCAL_DIRS": str(tmp_path)}
-        with log.open("wb") as output:
+        line = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}"]
+        line += ["--host", "127.0.0.1", "--webui-port", "0", "--port", "0", *arguments]
+        with log.open("wb") as to:
             job = subprocess.Popen(
-                [*line, *arguments],
-                env={**os.environ, **environ, "PYSPARK_PYTHON": sys.executable},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                line, env=environ, stdout=to, stderr=to, start_new_session=True
             )
         processes.append(job)
         end = time.monotonic() + 60
@@ -77,7 +65,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         size = ("--cores", "1", "--memory", "1g", "--work-dir", str(tmp_path / "work"))
         for _ in range(2):
             start("worker.Worker", "registered with master", *size, master)
-        yield Cluster(master, processes[1:])
+        yield master, processes[1].pid
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)
@@ -86,18 +74,14 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.long
 def test_run_that_loses_a_worker_still_makes_the_right_tables(
-    spark: SparkSession, cluster: Cluster, tmp_path: Path
+    spark: SparkSession, cluster: tuple[str, int], tmp_path: Path
 ) -> None:
     plays = [play(itemInSession=number, ts=10**12 + number) for number in range(50_000)]
     write_input(tmp_path / "in", [song()], plays)
-    settings = {
-        "spark.driver.host": "127.0.0.1",
-        "spark.executor.memory": "800m",
-        "spark.sql.files.maxPartitionBytes": "256k",
-        "spark.ui.enabled": "false",
-    }
-    conf = [f"--conf={key}={value}" for key, value in settings.items()]
-    line = [SPARK / "bin" / "spark-submit", f"--master={cluster.master}", *conf]
+    master, worker = cluster
+    line = [SPARK / "bin" / "spark-submit", f"--master={master}"]
+    line += ["--conf=spark.driver.host=127.0.0.1", "--conf=spark.ui.enabled=false"]
+    line += ["--conf=spark.sql.files.maxPartitionBytes=256k", "--executor-memory=800m"]
     flags = ["--config", os.devnull, f"--input={tmp_path}/in"]
     line += [ROOT / "etl.py", *flags, f"--output={tmp_path}/lake"]
     log, lake = tmp_path / "job.log", tmp_path / "lake"
@@ -107,7 +91,7 @@ def test_run_that_loses_a_worker_still_makes_the_right_tables(
         while not [*lake.glob("_staging/*/_records/events/**/*.parquet")]:
             assert job.poll() is None, log.read_text()
             time.sleep(0.05)
-        os.killpg(cluster.workers[0].pid, signal.SIGKILL)
+        os.killpg(worker, signal.SIGKILL)
         assert job.wait(timeout=600) == 0, log.read_text()
     finally:
         job.kill()

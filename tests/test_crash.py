@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -25,7 +25,6 @@ from test_publish import faulty, long
 
 import etl
 
-Rows = dict[str, list[dict[str, Any]]]
 MONTH = 30 * 24 * 3600 * 1000  # ms
 # A song's year, a month's plays and a user go, another song and user come.
 INPUTS = {
@@ -46,17 +45,17 @@ def flags_for(source: Path, lake: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def run(source: Path, lake: Path) -> None:
-    """A whole run in this process."""
-    etl.run(etl.parse_settings(flags_for(source, lake)))
+def run(source: Path, lake: Path, *flags: str) -> dict[str, Any]:
+    """The report of a whole run in this process."""
+    return etl.run(etl.parse_settings([*flags_for(source, lake), *flags]))
 
 
-def rows_of(lake: Path) -> Rows:
+def rows_of(lake: Path) -> dict[str, list[Any]]:
     """The rows that a reader of a lake's tables finds."""
     return {table: read_table(lake, table) for table in etl.TABLES}
 
 
-def holds(seen: Rows, rows: Rows) -> bool:
+def holds(seen: dict[str, list[Any]], rows: dict[str, list[Any]]) -> bool:
     """Whether a reader sees all of these rows."""
     return all(row in seen[table] for table in rows for row in rows[table])
 
@@ -69,13 +68,11 @@ def files_of(lake: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the inputs, `old` and `new`, and of the lakes that runs make of them,
-    `old lake` and `new lake`."""
+    """A folder of the inputs `old` and `new` and of their lakes, such as `old lake`."""
     folder = tmp_path_factory.mktemp("made")
     for name, (songs, events) in INPUTS.items():
         run(write_input(folder / name, songs, events), folder / f"{name} lake")
-        counts = {k: len(rows) for k, rows in rows_of(folder / f"{name} lake").items()}
-        assert counts == dict.fromkeys(etl.TABLES, 2)
+        assert [*map(len, rows_of(folder / f"{name} lake").values())] == [2] * 5
     return folder
 
 
@@ -85,15 +82,10 @@ def lake(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "old lake", tmp_path / "lake"))
 
 
-@pytest.fixture
-def recover(spark: SparkSession, lake: Path) -> Any:
-    """What a start does first that is told to break the lock."""
-
-    def start() -> None:
-        with etl.claimed(etl.open_lake(spark, f"file://{lake}"), "next", True):
-            assert [path.name for path in (lake / "_staging").iterdir()] == ["next"]
-
-    return start
+def recover(spark: SparkSession, lake: Path) -> None:
+    """Does what a start does first that is told to break the lock."""
+    with etl.claimed(etl.open_lake(spark, f"file://{lake}"), "next", True):
+        assert [path.name for path in (lake / "_staging").iterdir()] == ["next"]
 
 
 @contextmanager
@@ -104,7 +96,6 @@ def job(flags: list[str], *driver: str) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, *script, *flags],
         cwd=ROOT,
         env={**os.environ, "PYSPARK_SUBMIT_ARGS": QUICK_SPARK},
-        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -133,37 +124,26 @@ def error_line(process: subprocess.Popen[str]) -> str:
     return line
 
 
-# --- Faults ---------------------------------------------------------------------------
-
-open_lake = etl.open_lake
-
-
-def open_faulty(n: int, mode: str, struck: list[str], *arguments: Any) -> etl.Lake:
-    """A lake with a fault at its n-th file-system call."""
-    return faulty(open_lake(*arguments), n, mode, struck)
-
-
 @pytest.mark.parametrize(
     ("mode", "step"), [("once", 45), *long(("once", 9), ("down", 9))]
 )
 def test_run_with_a_fault_at_a_call_leaves_old_or_new_tables(
-    mode: str, step: int, made: Path, lake: Path, recover: Any
+    mode: str, step: int, made: Path, lake: Path, spark: SparkSession
 ) -> None:
-    """The next run makes the new ones, which are the old ones of the next round. The runs
-    but the first find their input's files changed, and publish months of them."""
-    sources = itertools.cycle(["new", "old"])
-    old = rows_of(lake)
+    """The runs but the first find their input's files changed, and publish months."""
+    old, sources = rows_of(lake), itertools.cycle(["new", "old"])
     for n, source in zip(itertools.count(step // 2, step), sources):
         new, struck = rows_of(made / f"{source} lake"), []
         shutil.copytree(made / source, lake.parent / "in", dirs_exist_ok=True)
+        bad_lake = faulty(etl.open_lake(spark, f"file://{lake}"), n, mode, struck)
         with pytest.MonkeyPatch.context() as patch, suppress(Exception):
-            patch.setattr(etl, "open_lake", partial(open_faulty, n, mode, struck))
+            patch.setattr(etl, "open_lake", Mock(return_value=bad_lake))
             run(lake.parent / "in", lake)
         if not struck:
             break
         seen = rows_of(lake)
         assert holds(seen, old) or holds(seen, new), struck
-        recover()
+        recover(spark, lake)
         assert rows_of(lake) in (old, new), struck
         run(lake.parent / "in", lake)
         assert rows_of(lake) == new, struck
@@ -172,56 +152,31 @@ def test_run_with_a_fault_at_a_call_leaves_old_or_new_tables(
     assert rows_of(lake) == new and n > step
 
 
-# --- Signals --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wanted", [signal.SIGINT, *long(signal.SIGTERM)])
-def test_interrupted_run_leaves_the_tables_as_they_were(
-    wanted: signal.Signals, made: Path, lake: Path
-) -> None:
-    with job(flags_for(made / "new", lake)) as process:
-        wait_for(lake, "_staging/*/_records", process)
-        if wanted == signal.SIGINT:  # Ctrl-C reaches the whole process group.
-            os.killpg(process.pid, wanted)
-        else:
-            process.send_signal(wanted)
-        error_line(process)
-    assert files_of(lake) == files_of(made / "old lake")
-    assert not (lake / "_staging").exists()
-
-
-@pytest.mark.long
-def test_run_that_is_interrupted_while_it_publishes_finishes_that(
-    made: Path, lake: Path
-) -> None:
-    driver = ("SIGTERM", "before", "rename", "/songplays/")
-    with job(flags_for(made / "new", lake), *driver) as process:
-        assert process.wait(120) == 0
-    assert rows_of(lake) == rows_of(made / "new lake")
-    assert not (lake / "_staging").exists()
-
-
 @pytest.mark.parametrize("pause", [0.8, *long(0.4)])
-def test_run_that_is_interrupted_ends_with_a_line_and_no_process(
-    pause: float, made: Path, lake: Path, recover: Any
+def test_interrupted_run_ends_with_a_line_no_process_and_the_tables_as_they_were(
+    pause: float, made: Path, lake: Path, spark: SparkSession
 ) -> None:
-    """By Ctrl-C or SIGTERM at one moment after another of Spark's start."""
-    for n in range(1, int(4 / pause)):
+    """By Ctrl-C or SIGTERM, at moments of Spark's start and then amid the reading."""
+    last = int(4 / pause)
+    for n in range(1, last + 2):
         with job(flags_for(made / "new", lake)) as process:
-            time.sleep(pause * n)
+            if n < last:
+                time.sleep(pause * n)
+            else:
+                wait_for(lake, "_staging/*/_records", process)
             started = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal([signal.SIGINT, signal.SIGTERM][n % 2])
+            send = os.kill if n % 2 else os.killpg  # Ctrl-C reaches the whole group.
+            send(process.pid, signal.SIGTERM if n % 2 else signal.SIGINT)
             moment = time.monotonic()
             assert "error: interrupted: " in error_line(process)
             assert time.monotonic() - moment < 5  # 3 s without other work
             assert psutil.wait_procs(started, timeout=30)[1] == []
-        recover()
+        assert n < last or not (lake / "_staging").exists()
+        recover(spark, lake)
         assert files_of(lake) == files_of(made / "old lake")
 
 
-def test_run_that_is_stopped_and_taken_over_publishes_nothing(
-    made: Path, lake: Path
-) -> None:
+def test_run_stopped_and_taken_over_publishes_nothing(made: Path, lake: Path) -> None:
     driver = ("SIGSTOP", "before", "rename", "_journal")
     with job([*flags_for(made / "old", lake), "--full"], *driver) as process:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
@@ -237,42 +192,38 @@ def test_run_that_is_stopped_and_taken_over_publishes_nothing(
     assert rows_of(lake) == rows_of(made / "new lake")
 
 
-JOURNAL = "_staging/*/_journal.json"
-
-
 @pytest.mark.parametrize(
-    ("driver", "reached", "state"),
+    ("moment", "state"),
     [
-        (["after", "delete", "/lake/songs/"], JOURNAL, (True, True, True)),
+        ("SIGKILL after delete /lake/songs/", [True, True, True]),
         *long(
-            ([], "_staging/*/_records/*/*.parquet", (False, False, False)),
-            ([], "_staging/*/songplays/*/*/*.parquet", (False, False, False)),
-            (["after", "rename", "_journal"], JOURNAL, (True, False, False)),
-            (["after", "rename", "/songs/"], JOURNAL, (True, True, False)),
+            ("_staging/*/_records/*/*.parquet", [False, False, False]),
+            ("_staging/*/songplays/*/*/*.parquet", [False, False, False]),
+            ("SIGKILL after rename _journal", [True, False, False]),
+            ("SIGKILL after rename /songs/", [True, True, False]),
+            ("SIGTERM before rename /songplays/", [False, True, True]),
         ),
     ],
-    ids=["delete", "read", "build", "journal", "move"],
 )
-def test_killed_run_loses_nothing(
-    driver: list[str], reached: str, state: Any, made: Path, lake: Path, recover: Any
+def test_run_loses_nothing_when_killed_and_finishes_publishing_when_interrupted(
+    moment: str, state: list[bool], made: Path, lake: Path, spark: SparkSession
 ) -> None:
-    """The state is whether there is a journal, whether the lake has new files, and whether
-    it lacks old ones, when the whole process group is killed."""
-    with job(
-        flags_for(made / "new", lake), *driver and ["SIGKILL", *driver]
-    ) as process:
+    """The state: is there a journal, has the lake new files, does it lack old ones?"""
+    driver = moment.split() if " " in moment else []
+    with job(flags_for(made / "new", lake), *driver) as process:
         if not driver:
-            wait_for(lake, reached, process)
+            wait_for(lake, moment, process)
             os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait(120) == -signal.SIGKILL
-    assert any(lake.glob(reached))
+        is_killed = "SIGTERM" not in driver
+        assert process.wait(120) == -signal.SIGKILL * is_killed
+    assert (lake / "_staging").exists() == is_killed
     new, old = files_of(lake), files_of(made / "old lake")
-    has_journal = any(lake.glob(JOURNAL))
-    assert (has_journal, bool(new - old), bool(old - new)) == state
+    has_journal = any(lake.glob("_staging/*/_journal.json"))
+    assert [has_journal, bool(new - old), bool(old - new)] == state
     ends = [rows_of(made / "old lake"), rows_of(made / "new lake")]
     assert any(holds(rows_of(lake), rows) for rows in ends)
-    recover()
-    assert rows_of(lake) == ends[has_journal]
+    recover(spark, lake)
+    assert rows_of(lake) == ends[any(state)]
     run(made / "new", lake)
     assert rows_of(lake) == ends[True]
     assert not (lake / "_staging").exists()

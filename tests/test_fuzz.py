@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,17 +70,12 @@ def find_faults(row: Record) -> frozenset[str]:
     return frozenset(fault for fault, is_there in faults.items() if is_there)
 
 
-def respell(text: str) -> str:
-    """A text as Python spells it, if it is JSON: Spark, too, respells a good array."""
-    try:
-        return json.dumps(json.loads(text, parse_constant=refuse))
-    except ValueError:
-        return text
-
-
 def reject(text: str, *reasons: str) -> Outcome:
-    """The outcome of a bad record, for which each reason is right."""
-    return ("rejected", respell(text), frozenset(reasons))
+    """The outcome of a bad record, for which each reason is right; its text as Python
+    spells it, if it is JSON, since Spark respells a good array."""
+    with suppress(ValueError):
+        text = json.dumps(json.loads(text, parse_constant=refuse))
+    return ("rejected", text, frozenset(reasons))
 
 
 def judge(content: bytes, schema: str) -> Outcome:
@@ -103,25 +99,15 @@ def judge(content: bytes, schema: str) -> Outcome:
 
 # --- The random lines -----------------------------------------------------------------
 
-
-def words(text: str) -> list[str]:
-    """The parts of a text between its blanks."""
-    return text.split()
-
-
-VALUES = words(
-    r"""null true false [] {} [true,{"b":["c"]}] {"a":{"b":null}} "" "x" "1" "NaN" "é😀"
-    "\"\\\n\t\u00e9\ud83d\ude00{}[],:" 0 -1 2009 2147483647 2147483648 -2147483648
+JSON = r"""null true false [] {} [true,{"b":["c"]}] {"a":{"b":null}} "" "x" "1" "NaN"
+    "é😀" "\"\\\n\t\u00e9\ud83d\ude00{}[],:" 0 -1 2009 2147483647 2147483648 -2147483648
     -2147483649 9223372036854775807 9223372036854775808 -9223372036854775808
     -9223372036854775809 253402300799999 253402300800000 0.5 -0.25"""
-)
-VALUES += ['" "', "9" * 400]
+VALUES = [*JSON.split(), '" "', "9" * 400]
 # How these are spelled as a text is Spark's choice.
-NUMBERS = [*words("1e3 1E-3 1e999 -1e999 1e-999 2009.0"), "0." + "1" * 400]
-NO_VALUES = words(
-    r"""NaN -Infinity +1 01 1. .5 - 1e 0x10 1_0 x 'x' " "\x" "\u12" [1 {1} {"a"} //"""
-)
-NO_VALUES += ["", "1 2", '"a\tb"', '"a\0b"']
+NUMBERS = ["1e3", "1E-3", "1e999", "-1e999", "1e-999", "2009.0", "0." + "1" * 400]
+NO_JSON = r"""NaN -Infinity +1 01 1. .5 - 1e 0x10 1_0 'x' " "\x" "\u12" [1 {1} {"a"}"""
+NO_VALUES = [*NO_JSON.split(), "x", "//", "", "1 2", '"a\tb"', '"a\0b"']
 
 
 def random_line(kind: str, rng: random.Random, values: list[str]) -> str:

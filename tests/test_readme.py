@@ -9,11 +9,10 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import botocore.session
 import duckdb
@@ -53,53 +52,23 @@ OF_FILE = {"int64": "BIGINT", "int32": "INT", "string": "TEXT", "double": "DOUBL
 OF_FILE["timestamp[us, tz=UTC]"] = "TIMESTAMP"
 
 
-def options(words: list[str]) -> dict[str, list[str]]:
-    """The values of each --option of a command, but of one that every command has."""
-    found: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            values = found.setdefault(word, [])
-        elif found:
-            values.append(word)
-    return {name: values for name, values in found.items() if name != "--query"}
-
-
 def pairs(value: str) -> dict[str, str]:
     """What KEY=VALUE,... says."""
     return dict(pair.split("=", 1) for pair in value.split(","))
 
 
-def parse(shape: Any, value: str) -> Any:
+def parse(shape: Any, *values: str) -> Any:
     """A parameter as its shape wants it, given as text, JSON or KEY=VALUE,..."""
+    if shape.type_name == "list" and values[0][0] not in "[{":
+        return [parse(shape.member, value) for value in values]
+    (value,) = values
     if shape.type_name == "string":
         return blocks("json")[0] if value == "file://policy.json" else value
-    if value[0] in "[{" or shape.type_name == "long":
+    if value[0] in "[{" or shape.type_name in ("integer", "long"):
         return json.loads(value)
-    if shape.type_name == "list":
-        return [parse(shape.member, value)]
     return {key: parse(shape.members[key], of) for key, of in pairs(value).items()}
 
 
-def step(of: dict[str, Any]) -> dict[str, Any]:
-    """The API's form of a step of the command line."""
-    assert of.pop("Type") == "Spark"
-    arguments = ["spark-submit", *of.pop("Args")]
-    return {**of, "HadoopJarStep": {"Jar": "command-runner.jar", "Args": arguments}}
-
-
-# What `aws emr` makes of options that aren't named as in the API.
-EMR: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-    "--applications": lambda v: {"Applications": [pairs(of) for of in v]},
-    "--ec2-attributes": lambda v: {
-        "JobFlowRole": pairs(v[0])["InstanceProfile"],
-        "Instances": {"Ec2SubnetId": pairs(v[0])["SubnetId"]},
-    },
-    "--instance-type": lambda v: {"Instances": {"MasterInstanceType": v[0]}},
-    "--instance-count": lambda v: {"Instances": {"InstanceCount": int(v[0])}},
-    "--cluster-id": lambda v: {"JobFlowId": v[0]},
-    "--cluster-ids": lambda v: {"JobFlowIds": v},
-    "--steps": lambda v: {"Steps": [step(of) for of in json.loads(*v)]},
-}
 OPERATIONS = {"create-cluster": "RunJobFlow", "add-steps": "AddJobFlowSteps"}
 OPERATIONS["terminate-clusters"] = "TerminateJobFlows"
 
@@ -110,16 +79,28 @@ def api_call(words: list[str]) -> tuple[Any, dict[str, Any]]:
     model = botocore.session.get_session().get_service_model(service)
     operation = OPERATIONS.get(verb, verb.title().replace("-", ""))
     shape = model.operation_model(operation).input_shape
-    parameters: dict[str, Any] = {}
-    for option, values in options(words).items():
-        name = option.title().replace("-", "")
-        if verb in OPERATIONS and option in EMR:
-            for name, value in EMR[option](values).items():
-                both = parameters.get(name, {}) if name == "Instances" else None
-                parameters[name] = {**both, **value} if both is not None else value
-            continue
-        name = {of.lower(): of for of in shape.members}[name.lower()]
+    given: dict[str, list[str]] = {}
+    for word in words[3:]:
+        if word.startswith("--"):
+            values = given.setdefault(word, [])
+        else:
+            values.append(word)
+    given.pop("--query", None)  # Every command has it.
+    if verb == "create-cluster":  # The API has these in other places.
+        nodes = pairs(*given.pop("--ec2-attributes"))
+        kind, count = given.pop("--instance-type") + given.pop("--instance-count")
+        instances = f"MasterInstanceType={kind},InstanceCount={count}"
+        given["--instances"] = [f"{instances},Ec2SubnetId={nodes['SubnetId']}"]
+        given["--job-flow-role"] = [nodes["InstanceProfile"]]
+    names, parameters = {name.lower(): name for name in shape.members}, {}
+    for option, values in given.items():
+        name = option.replace("-", "")
+        name = names.get(name) or names[name.replace("cluster", "jobflow")]
         parameters[name] = parse(shape.members[name], *values)
+    for of in parameters.get("Steps", ()):
+        arguments = ["spark-submit", *of.pop("Args")]
+        of["HadoopJarStep"] = {"Jar": "command-runner.jar", "Args": arguments}
+        assert of.pop("Type") == "Spark"
     for name, member in shape.members.items():
         if member.metadata.get("idempotencyToken"):  # The command makes these up.
             parameters[name] = "0" * 36
@@ -127,7 +108,7 @@ def api_call(words: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def find_wrong(shape: Any, value: Any, at: str = "") -> list[str]:
-    """Where a value isn't of its shape's enumeration or pattern: botocore doesn't look."""
+    """Where a value isn't of its shape's enumeration or pattern, unseen by botocore."""
     if shape.type_name == "structure":
         inner = [(shape.members[name], of, name) for name, of in value.items()]
     elif shape.type_name == "list":
@@ -151,9 +132,9 @@ def sample(
     """The current folder, which has the lake of data_sample; what the job printed."""
     folder = tmp_path_factory.mktemp("sample")
     flags = ["--config", os.devnull, f"--output={folder}/lake"]
-    out, pool = io.StringIO(), ThreadPoolExecutor(1)  # main leaves signals alone there.
+    out = io.StringIO()
     with redirect_stderr(out), redirect_stdout(out):
-        assert pool.submit(etl.main, flags).result() == 0
+        assert etl.main(flags) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder, out.getvalue()
@@ -205,11 +186,11 @@ def test_flags_and_settings_are_those_of_the_job(
     lines += [of.split() for of in re.findall(r"`python etl\.py ([^`]+)`", README)]
     lines += [["--config", "dl.cfg"], ["--config", "every.cfg"]]
     calls = {words[2]: api_call(words)[1] for words in AWS}
-    drivers = [of["jobDriver"] for of in calls.values() if "jobDriver" in of]
     arguments = calls["add-steps"]["Steps"][0]["HadoopJarStep"]["Args"]
     lines.append(arguments[arguments.index("s3://my-bucket/code/etl.py") + 1 :])
-    lines += [of["sparkSubmit"]["entryPointArguments"] for of in drivers]
-    assert len(lines) > 7 and drivers
+    driver = calls["start-job-run"]["jobDriver"]["sparkSubmit"]
+    lines.append(driver["entryPointArguments"])
+    assert len(lines) > 7
     for flags in lines:
         etl.parse_settings(flags)
 

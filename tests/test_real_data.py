@@ -1,5 +1,5 @@
-"""Runs on larger input against other programs: on made data against tests/bench's DuckDB,
-on real data, if SPARKIFY_DATA names it, against the figures of its truth.json."""
+"""Runs on larger input: on made data against tests/bench's DuckDB; on real data, if
+SPARKIFY_DATA names it, against the figures of its truth.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from pyspark.sql import SparkSession
 
 import etl
 
-DATA = os.environ.get("SPARKIFY_DATA", "")
-BENCH = ROOT / "tests" / "bench"
+DATA, BENCH = os.environ.get("SPARKIFY_DATA", ""), ROOT / "tests" / "bench"
 
 # How to count each figure of truth.json, but for those of the report.
 QUERIES = {
@@ -52,8 +51,7 @@ def test_real_data_yields_every_figure(spark: SparkSession, tmp_path: Path) -> N
         for table in etl.TABLES:
             db.execute(f"CREATE VIEW {table} AS FROM {parquet(tmp_path, table)}")
         found = {of: db.sql(sql).fetchall()[0][0] for of, sql in QUERIES.items()}
-    found["song_objects"] = records["songs"]["read"]
-    found["events"] = records["events"]["read"]
+    found["song_objects"], found["events"] = (of["read"] for of in records.values())
     assert {**found, "what": truth["what"]} == truth
     assert [kind["rejected"] for kind in records.values()] == [0, 0]
 

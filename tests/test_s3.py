@@ -9,12 +9,10 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import boto3
@@ -24,23 +22,12 @@ import pytest
 from conftest import QUICK_SPARK, ROOT, read_table, run_command, run_etl
 from makers import play, song, to_json, write_input
 from pyspark.sql import SparkSession
-from s3_server import (
-    REAL_SERVER,
-    Server,
-    download,
-    failing,
-    new_bucket,
-    objects,
-    put,
-    upload_folder,
-)
+from s3_server import KEYS, REAL_SERVER, Server, failing, new_bucket, serve
 
 import etl
 
-# Shown wherever the settings of a run are: what the search for secrets has to find.
-MARKER = "shown-on-purpose-5c1e"
 PREFIX = "my data/a+b %41=é"
-KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+server = pytest.fixture(serve, scope="module")
 only_moto = pytest.mark.skipif(REAL_SERVER, reason="only moto's requests can be seen")
 
 
@@ -56,18 +43,19 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def source(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A bucket of songs of 30 years, a file each, and plays of two months, below PREFIX,
-    also in ./in."""
-    folder = write_input(tmp_path / "in", [], [play(), play(ts=1543713934796)])
-    (folder / "song_data" / "A" / "a.json").unlink()
-    for number in range(30):
-        path = folder / "song_data" / "x y/ü+1=%42/#&" / f"{number}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(song(song_id=f"S{number}", year=1990 + number)))
+@pytest.fixture(scope="module")
+def source(server: Server) -> Iterator[str]:
+    """A bucket with, below PREFIX, songs of 30 years, a file each, and plays of two
+    months; also 1,001 objects that S3 lists first and Spark skips for their dot."""
+    plays = [to_json(play()), to_json(play(ts=1543713934796))]
+    bodies = {"log_data/2018/11/a.json": "\n".join(plays)}
+    bodies.update(dict.fromkeys([f"song_data/.{n}" for n in range(1_001)], ""))
+    for n in range(30):
+        record = to_json(song(song_id=f"S{n}", year=1990 + n))
+        bodies[f"song_data/x y/ü+1=%42/#&/{n}.json"] = record
     with new_bucket(server) as bucket:
-        upload_folder(server, bucket, f"{PREFIX}/", folder)
+        for key, body in bodies.items():
+            server.put(bucket, f"{PREFIX}/{key}", body)
         yield bucket
 
 
@@ -84,18 +72,6 @@ def settings(config: str, *flags: str) -> etl.Settings:
     return etl.parse_settings(flags)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], config: str, *flags: str) -> str:
-    """The one line with which the command refuses flags, before Spark starts."""
-    Path("dl.cfg").write_text(config, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAVA_HOME", os.devnull)  # No Spark can be started.
-        assert etl.main(flags) == 2
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert printed.out == ""
-    return line
-
-
 def secrets_in(text: str, server: Server) -> list[str]:
     """What nothing may show."""
     return [of for of in (server.key, server.secret, server.token) if of and of in text]
@@ -107,55 +83,44 @@ def secrets_in(text: str, server: Server) -> list[str]:
 def test_run_from_bucket_to_bucket_equals_a_local_one_in_few_requests(
     spark: SparkSession, server: Server, source: str, target: str
 ) -> None:
+    """So does the run of the next day, which requests no object that is known."""
     entries = spark._jsc.hadoopConfiguration().getPropsWithPrefix
-    before, requests = dict(entries("fs.s3a.")), Counter(server.requests)
+    before, start = dict(entries("fs.s3a.")), len(server.requests)
     flags = f"--input=s3a://{source}/{PREFIX}", f"--output=s3://{target}/{PREFIX}"
     report = etl.run(settings(server.config(), *flags))
-    requests = Counter(server.requests) - requests
+    requests = server.requests[start:]
+    server.download(source, f"{PREFIX}/", Path("in"))
     etl.run(settings("", "--input=in", "--output=local"))
 
-    lake = download(server, target, f"{PREFIX}/", Path("lake"))
+    lake = server.download(target, f"{PREFIX}/", Path("lake"))
     for table in etl.TABLES:
         assert read_table(lake, table) == read_table(Path("local"), table), table
         assert report["tables"][table] == len(read_table(lake, table))
-    assert {path.name for path in lake.iterdir()} == {
-        *etl.TABLES,
-        "_records",
-        "_reports",
-    }
+    assert {of.name for of in lake.iterdir()} == {*etl.TABLES, "_records", "_reports"}
     assert [*server.bucket(target).multipart_uploads.all()] == []
-    assert not [key for key in objects(server, target) if "/_staging" in key]
+    assert not [key for key in server.objects(target) if "/_staging" in key]
 
     files = len(list(filter(Path.is_file, lake.rglob("*"))))
     records = 1 + 2 + 2 + 1  # songs, events, the users' latest, the manifest
     assert files == 30 + 2 + 2 + 1 + 1 + 1 + records
     if pyspark.__version__.startswith("4.1") and not REAL_SERVER:  # with its committer
-        assert 31 < sum(requests.values()) <= 2 * 31 + 25 * files + 150
+        assert 31 < len(requests) <= 2 * 31 + 25 * files + 150
 
     added = dict(entries("fs.s3a.")).items() - before.items()
     assert {key.rpartition(".")[0] for key, _ in added} >= {f"bucket.{source}.access"}
     own = (f"bucket.{source}.", f"bucket.{target}.")
     assert [key for key, _ in added if not key.startswith(own)] == []
 
-
-@only_moto
-def test_next_day_requests_no_object_that_is_known(
-    spark: SparkSession,
-    server: Server,
-    source: str,
-    target: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flags = f"--input=s3a://{source}/{PREFIX}", f"--output=s3a://{target}/lake"
+    server.put(source, f"{PREFIX}/log_data/new.json", to_json(play(ts=1)))
+    start = len(server.requests)
     etl.run(settings(server.config(), *flags))
-    put(server, source, f"{PREFIX}/log_data/new.json", to_json(play(ts=1)).encode())
-    requests: list[str] = []
-    monkeypatch.setattr(server, "fails", requests.append)
-    etl.run(settings(server.config(), *flags))
-    read = {of for of in requests if of.endswith(".json") and f"/{source}/" in of}
-    assert {of.split("/")[-1] for of in read} == {"new.json"}
-    written = {of for of in requests if of.startswith(("PUT", "COPY"))}
-    assert [of for of in written if "/month=11" in of or "/songs/" in of] == []
+    server.bucket(source).Object(f"{PREFIX}/log_data/new.json").delete()
+    if not REAL_SERVER:
+        requests = server.requests[start:]
+        read = {of for of in requests if of.endswith(".json") and f"/{source}/" in of}
+        assert {of.split("/")[-1] for of in read} == {"new.json"}
+        written = {of for of in requests if of.startswith(("PUT", "COPY"))}
+        assert [of for of in written if "/month=11" in of or "/songs/" in of] == []
 
 
 @only_moto
@@ -186,30 +151,14 @@ def test_server_that_dies_in_mid_run_ends_the_run_within_a_minute(
     assert printed.splitlines()[-1].startswith("etl.py: error: ")
 
 
-def test_folder_may_hold_more_than_1000_objects(
-    spark: SparkSession, server: Server, target: str
-) -> None:
-    for number in range(1_001):  # Spark passes over names that begin with a dot.
-        put(server, target, f"in/song_data/.{number}")
-    put(server, target, "in/song_data/a.json", to_json(song()).encode())
-    put(server, target, "in/log_data/a.json", to_json(play()).encode())
-    flags = f"--input=s3a://{target}/in", "--output=lake"
-    report = etl.run(settings(server.config(), *flags))
-    assert report["records"]["songs"]["read"] == 1
-
-
 def test_key_secret_and_token_show_nowhere_while_the_command_runs(
     server: Server, source: str, target: str, tmp_path: Path
 ) -> None:
     (tmp_path / "events").mkdir()
-    options = {
-        "spark.eventLog.enabled": "true",
-        "spark.eventLog.dir": f"file://{tmp_path}/events",
-        "spark.eventLog.compress": "false",
-        "spark.redaction.regex": "nothing-is-redacted",
-        "spark.marker": MARKER,
-    }
-    conf = "".join(f"--conf {key}={value} " for key, value in options.items())
+    marker = "shown-on-purpose-5c1e"  # wherever the settings of a run are shown
+    conf = f"--conf spark.eventLog.dir=file://{tmp_path}/events "
+    conf += "--conf spark.eventLog.enabled=true --conf spark.eventLog.compress=false "
+    conf += f"--conf spark.redaction.regex=nothing --conf spark.marker={marker} "
     settings(f"{server.config()}[LAKE]\nINPUT = s3a://{source}/{PREFIX}\n")
     line = [sys.executable, str(ROOT / "etl.py"), "--debug", f"--output=s3a://{target}"]
     environ = {**os.environ, "PYSPARK_SUBMIT_ARGS": conf + QUICK_SPARK}
@@ -224,56 +173,46 @@ def test_key_secret_and_token_show_nowhere_while_the_command_runs(
     assert job.returncode == 0, Path("printed").read_text()
     logs = filter(Path.is_file, Path("events").rglob("*"))
     shown["event log"] = "".join(log.read_text() for log in logs)
-    assert [where for where, text in shown.items() if MARKER not in text] == []
+    assert [where for where, text in shown.items() if marker not in text] == []
     shown["printed"] = Path("printed").read_text()
-    (report,) = download(server, target, "_reports/", Path("reports")).iterdir()
+    (report,) = server.download(target, "_reports/", Path("reports")).iterdir()
     shown["report"] = report.read_text()
     for where, text in shown.items():
         assert secrets_in(text, server) == [], where
 
 
 @pytest.mark.long
-def test_credentials_may_come_from_a_profile(
-    server: Server, source: str, tmp_path: Path
-) -> None:
+def test_credentials_may_come_from_a_profile(server: Server, source: str) -> None:
     keys = f"aws_access_key_id={server.key}\naws_secret_access_key={server.secret}\n"
     token = f"aws_session_token={server.token}\n" if server.token else ""
-    (tmp_path / "credentials").write_text(f"[sparkify]\n{keys}{token}")
-    (tmp_path / "dl.cfg").write_text(server.config(**dict.fromkeys(KEYS, "")))
+    Path("credentials").write_text(f"[sparkify]\n{keys}{token}")
+    Path("dl.cfg").write_text(server.config(**dict.fromkeys(KEYS, "")))
     profile = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_PROFILE": "sparkify"}
-    flags = f"--input=s3a://{source}/{PREFIX}", "--output=lake"
-    done = run_etl(*flags, cwd=tmp_path, **profile)
+    done = run_etl(f"--input=s3a://{source}/{PREFIX}", **profile)
     assert done.returncode == 0, done.stderr
-    assert len(read_table(tmp_path / "lake", "songplays")) == 2
+    assert len(read_table(Path("lake"), "songplays")) == 2
 
 
 @pytest.mark.skipif(pyspark.__version__ < "4", reason="its Hadoop knows no SSO")
-@pytest.mark.parametrize("name", ["sso.SsoClient", "ssooidc.SsoOidcClient"])
-def test_credentials_may_come_from_sso(name: str, spark: SparkSession) -> None:
+def test_credentials_may_come_from_sso(spark: SparkSession) -> None:
     loader = spark._jvm.java.lang.Thread.currentThread().getContextClassLoader()
-    loader.loadClass(f"software.amazon.awssdk.services.{name}")
+    for name in ("sso.SsoClient", "ssooidc.SsoOidcClient"):
+        loader.loadClass(f"software.amazon.awssdk.services.{name}")
 
 
 # --- Refused before Spark starts ------------------------------------------------------
 
 
 def test_input_without_songs_is_refused(
-    server: Server, target: str, capsys: pytest.CaptureFixture[str]
+    server: Server, target: str, failure: Any
 ) -> None:
-    put(server, target, "in/log_data/a.json")
-    put(server, target, "in/song_data_old/a.json")
-    before = objects(server, target)
+    server.put(target, "in/log_data/a.json")
+    server.put(target, "in/song_data_old/a.json")
+    before = server.objects(target)
     flags = f"--input=s3a://{target}/in", f"--output=s3a://{target}/lake"
-    line = refusal(capsys, server.config(), *flags)
+    line = failure(2, *flags, config=server.config())
     assert f"INPUT s3a://{target}/in holds no song_data/ with .json" in line
-    assert objects(server, target) == before
-
-
-class NoS3(BaseHTTPRequestHandler):
-    """An HTTP server that answers each request with 501, and prints nothing."""
-
-    def log_message(self, *_: Any) -> None:
-        """Prints nothing."""
+    assert server.objects(target) == before
 
 
 KEY_ERROR = "InvalidAccessKeyId|SignatureDoesNotMatch|No user exists"
@@ -282,15 +221,15 @@ on_real_server = pytest.mark.skipif(not REAL_SERVER, reason="moto checks no sign
 
 
 @pytest.mark.parametrize(
-    ("config", "uri", "reason"),
+    ("config", "uri", "told"),
     [
-        ({}, NO_BUCKET, f"{NO_BUCKET}: .*NoSuchBucket"),
+        ({}, NO_BUCKET, rf"{NO_BUCKET}: .*NoSuchBucket.* \(ENDPOINT_URL http:"),
         ({}, "s3a://my_bucket!/in", 's3a://my_bucket!/in: .*nvalid bucket name "my_bu'),
         ({KEYS[0]: ""}, NO_BUCKET, "s3a://.*: .*aws_access_key_id"),
         ({KEYS[1]: ""}, NO_BUCKET, "s3a://.*: .*aws_secret_access_key"),
         (dict.fromkeys(KEYS, ""), NO_BUCKET, "s3a://.*: .*locate credentials"),
         ({"ENDPOINT_URL": "localhost:9000"}, NO_BUCKET, "localhost:9000"),
-        ({"ENDPOINT_URL": "NO S3"}, NO_BUCKET, r"\(50|404\).*ENDPOINT_URL http:"),
+        ({"ENDPOINT_URL": "NO S3"}, NO_BUCKET, r"s3a://.*\(.*404.*ENDPOINT_URL http:"),
         ({"ENDPOINT_URL": "HTTPS"}, NO_BUCKET, "SSL.*ENDPOINT_URL https:"),
         pytest.param({KEYS[0]: "wrong"}, NO_BUCKET, KEY_ERROR, marks=on_real_server),
         pytest.param({KEYS[1]: "wrong"}, NO_BUCKET, KEY_ERROR, marks=on_real_server),
@@ -298,23 +237,13 @@ on_real_server = pytest.mark.skipif(not REAL_SERVER, reason="moto checks no sign
 )
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_what_botocore_refuses_is_told_in_its_words(
-    side: str,
-    config: dict[str, str],
-    uri: str,
-    reason: str,
-    server: Server,
-    source: str,
-    capsys: pytest.CaptureFixture[str],
+    side: str, config: dict[str, str], uri: str, told: str, server: Server, failure: Any
 ) -> None:
-    flags = {"input": f"s3a://{source}/{PREFIX}", "output": "lake", side: uri}
-    flags = [f"--{key}={value}" for key, value in flags.items()]
-    with ThreadingHTTPServer(("127.0.0.1", 0), NoS3) as no_s3:
-        Thread(target=no_s3.serve_forever, daemon=True).start()
-        text = server.config(**config).replace("HTTPS", f"https:{server.endpoint[5:]}")
-        text = text.replace("NO S3", f"http://127.0.0.1:{no_s3.server_port}")
-        line = refusal(capsys, text, *flags)
-        no_s3.shutdown()
-    assert re.search(reason, line), line
+    write_input(Path("in"), [song()], [play()])
+    text = server.config(**config).replace("HTTPS", f"https:{server.endpoint[5:]}")
+    text = text.replace("NO S3", f"{server.endpoint}/moto-api")
+    line = failure(2, "--input=in", f"--{side}={uri}", config=text)
+    assert re.search(told, line), line
     assert "pgrade" not in line
     assert secrets_in(line, server) == []
 
@@ -325,83 +254,68 @@ def test_what_botocore_refuses_is_told_in_its_words(
     [("LIST", "ListObjectsV2"), ("DELETE", "DeleteObject"), ("PUT", "PutObject")],
 )
 def test_denied_access_is_told_in_botocores_words_and_leaves_nothing(
-    denied: str,
-    call: str,
-    server: Server,
-    source: str,
-    target: str,
-    capsys: pytest.CaptureFixture[str],
+    denied: str, call: str, server: Server, source: str, target: str, failure: Any
 ) -> None:
     uris = [f"s3a://{source}/{PREFIX}", f"s3a://{target}/lake"]
+    flags = f"--input={uris[0]}", f"--output={uris[1]}"
+    fails = {True: "denied", False: None}
     with pytest.MonkeyPatch.context() as patch:
-        fails = {True: "denied", False: None}
         patch.setattr(server, "fails", lambda of: fails[of.startswith(denied)])
-        flags = f"--input={uris[0]}", f"--output={uris[1]}"
-        line = refusal(capsys, server.config(), *flags)
+        line = failure(2, *flags, config=server.config())
     said = f".*AccessDenied.* calling the {call} operation"
     assert re.search(re.escape(uris[denied != "LIST"]) + said, line), line
-    assert objects(server, target) == {}
+    assert server.objects(target) == {}
 
 
-@pytest.mark.parametrize("debug", [(), ("--debug",)])
 def test_keys_are_struck_out_of_an_error_but_not_the_short_one_of_readme(
-    debug: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    failure: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = {name: f"{name}-0123456789" for name in KEYS}
-    keys = "\n".join(f"{name} = {value}" for name, value in long.items())
-    endpoint = f"http://127.0.0.1:1/{'/'.join(long.values())}"
-    flags = ["--input=s3a://bucket/in", *debug]
-    Path("dl.cfg").write_text(f"[AWS]\n{keys}\nENDPOINT_URL = {endpoint}\n")
-    assert etl.main(flags) == 2
+    keys = [f"{name}-0123456789" for name in KEYS]
+    long = Server(f"http://127.0.0.1:1/{'/'.join(keys)}", *keys)
+    line = failure(2, "--input=s3a://bucket/in", config=long.config())
+    assert "127.0.0.1:1/***/***/***" in line
+    assert etl.main(["--input=s3a://bucket/in", "--debug"]) == 2
     printed = capsys.readouterr().err
-    assert "/***/***/***" in printed.splitlines()[-1]
-    assert [value for value in long.values() if value in printed] == []
-
-    endpoint = "http://127.0.0.1:1/minio"
-    keys = "AWS_ACCESS_KEY_ID = minio\nAWS_SECRET_ACCESS_KEY = minio-secret"
-    Path("dl.cfg").write_text(f"[AWS]\n{keys}\nENDPOINT_URL = {endpoint}\n")
-    assert etl.main(flags) == 2
-    assert endpoint in capsys.readouterr().err.splitlines()[-1]
+    assert printed.endswith(f"\n{line}\n")
+    assert [key for key in keys if key in printed] == []
+    short = Server("http://127.0.0.1:1/minio", "minio", "minio-secret")
+    line = failure(2, "--input=s3a://bucket/in", config=short.config())
+    assert short.endpoint in line
 
 
 @pytest.mark.long
 def test_spark_submit_without_s3a_is_told_the_packages_to_pass(
-    server: Server, source: str, cwd: Path
+    server: Server, source: str
 ) -> None:
-    (cwd / "dl.cfg").write_text(server.config())
+    Path("dl.cfg").write_text(server.config())
     submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
-    flags = f"--input=s3a://{source}/{PREFIX}", "--output=lake"
-    line = [str(submit), "--master=local[2]", str(ROOT / "etl.py"), *flags]
-    done = run_command(line, cwd, PYSPARK_PYTHON=sys.executable)
+    line = [str(submit), "--master=local[2]", str(ROOT / "etl.py")]
+    line.append(f"--input=s3a://{source}/{PREFIX}")
+    done = run_command(line, PYSPARK_PYTHON=sys.executable)
     assert done.returncode == 2
-    said = (
-        r"\netl.py: error: .*--packages org.apache.hadoop:hadoop-aws:.* --exclude-pack"
-    )
+    said = r"\netl.py: error: .*--packages org.apache.hadoop:hadoop-aws:.* --exclude-p"
     assert re.search(said, done.stdout + done.stderr)
 
 
 # --- Faults ---------------------------------------------------------------------------
 
 OLD = {"users/part-0.parquet", "songs/year=1999/part-0.parquet"}
-STAGED = {
-    "users/part-1.parquet": "users/part-run1-1.parquet",
-    "songs/year=2001/part-1.parquet": "songs/year=2001/part-run1-1.parquet",
-    "songs/year=0/part-1.parquet": "songs/year=0/part-run1-1.parquet",
-}
+CHANGED = ("users", "songs/year=2001", "songs/year=0")
+STAGED = {f"{of}/part-1.parquet": f"{of}/part-run1-1.parquet" for of in CHANGED}
 NEW = set(STAGED.values())
 
 
 def lay_out(server: Server, bucket: str, action: str) -> None:
-    """Makes the objects that there are before a run publishes or another recovers it."""
+    """Makes the objects there before a run publishes or another finishes it."""
     server.bucket(bucket).objects.delete()
     names = OLD | {f"_staging/run1/{name}" for name in STAGED}
     if action == "recover":  # One file has been moved, another one only copied.
-        journal = json.dumps({"staged": STAGED, "replaced": sorted(OLD)}).encode()
-        put(server, bucket, "lake/_staging/run1/_journal.json", journal)
+        journal = json.dumps({"staged": STAGED, "replaced": sorted(OLD)})
+        server.put(bucket, "_staging/run1/_journal.json", journal)
         names -= {"_staging/run1/users/part-1.parquet"}
         names |= NEW - {"songs/year=0/part-run1-1.parquet"}
     for name in names:
-        put(server, bucket, f"lake/{name}")
+        server.put(bucket, name)
 
 
 def act(lake: etl.Lake, action: str) -> None:
@@ -436,26 +350,20 @@ def test_request_that_fails_leaves_old_or_new_tables_and_the_next_start_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(etl, "LEASE", 0)
-    of_run = settings(server.config(), f"--output=s3a://{target}/lake")
+    of_run = settings(server.config(), f"--output=s3a://{target}")
     lake = etl.open_lake(etl.start_spark(of_run, {}), of_run.output)
-
-    def names() -> set[str]:
-        return {key[len("lake/") :] for key in objects(server, target)}
-
-    number = 1
-    while True:
+    for number in count(1, every):
         lay_out(server, target, action)
         with failing(server, number, fault, last) as requests, suppress(Exception):
             act(lake, action)
+        left = set(server.objects(target))
         if len(requests) < number:  # No request has failed.
             break
-        left, where = names(), f"request {number}: {requests[number - 1]}"
+        where = f"request {number}: {requests[number - 1]}"
         assert left >= OLD or left >= NEW, where
         has_begun = left >= NEW or "_staging/run1/_journal.json" in left
         assert has_begun or fault == "denied", where  # What is lost is asked again.
         act(lake, "recover")
-        left = {name for name in names() if not name.endswith("/")}
+        left = {name for name in server.objects(target) if not name.endswith("/")}
         assert left == (NEW if has_begun else OLD), where
-        number += every
-    assert names() == NEW
-    assert number > 40
+    assert left == NEW and number > 40
