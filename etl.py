@@ -160,7 +160,7 @@ def list_files(lines: DataFrame) -> dict[str, list[int]]:
 def is_of(files: Iterable[str]) -> Column:
     """True where source_file is one of some files, which are named as by list_files."""
     quoted = (re.sub(r"(['\\])", r"\\\1", name) for name in files)
-    names = ", ".join(f"'{name}'" for name in ("", *quoted))
+    names = ", ".join(f"'{name}'" for name in ("", *quoted))  # IN () is no SQL.
     return F.expr(f"url_decode(replace(source_file, '+', '%2B')) IN ({names})")
 
 
@@ -209,7 +209,9 @@ def trim(text: Column) -> Column:
 
 
 def split_text(text: Column) -> Column:
-    """The pieces of a text, an array, each of which should be one JSON object."""
+    """The pieces of a text, an array, each of which should be one JSON object: the text
+    itself where it has one, its values where it is JSON as a whole, else what lies
+    between boundaries."""
     values = F.when(is_utf8(text), parse(trim(text), "string"))
     values = F.transform(values, lambda value: F.coalesce(value, F.lit("null")))
     # Each byte becomes a character, since splitting would replace what isn't UTF-8.
@@ -545,6 +547,7 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
         some = fresh if known else None
         write_files(read_records(kind, news.lines[kind], folder, some), staged, name)
     month_id = FOLDERS[name].month_id
+    # Spark lists the folder's files now, before those of known records join them.
     records = read_files(staged, name, RECORDS[kind]).withColumn("month_id", month_id)
     good = F.expr(f"count(if({IS_GOOD}, {FOLDERS[name].key}, null))")
     groups = records.groupBy("source_file", "month_id", "reason")
@@ -612,6 +615,7 @@ def find_replaced(lake: Lake, changes: dict[str, Any]) -> list[str]:
     """The lake's files in whose place the run's come."""
     replaced = []
     for name in (of for folder in (*TABLES, "_records") for of in lake.files(folder)):
+        # A manifest is in no folder of these, so it is always replaced.
         months = changes.get(re.match("(_records/)?[^/]+", name)[0])
         year, month = (re.findall(r"/year=(\d+)/month=(\d+)/", name) or [(0, 0)])[0]
         if months is None or int(year) * 100 + int(month) in months:
@@ -848,6 +852,7 @@ def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
     cut off. A reader sees old rows, new rows or both, never fewer."""
     run_id, there = staging.split("/")[1], lake.files(staging)
     names = [name[len(staging) + 1 :] for name in there]
+    # Spark's hidden files and what the staging folder itself needs are not published.
     other = r"/[_.](?!manifest-)|^_(?!records|rejected|reports)"
     names = [name for name in names if not re.search(other, name)]
     # With the run in its name no file is in the way of another run's.
@@ -878,7 +883,7 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
     gone = {of for name, of in targets.items() if not {name, of} & there}
     lost = sorted(filter(OWN_FILE.fullmatch, gone))
     if lost and not there & set(targets.values()):
-        return
+        return  # Nothing was moved yet, so the journal is void.
     if lost:
         raise RunError(f"{lake.root}/{lost[0]} is lost")
     moves = {name: targets[name] for name in left if targets[name] not in there}
@@ -1010,8 +1015,8 @@ def check_s3(settings: Settings) -> dict[str, int]:
 
 def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
     """A session of the job's own, on the Spark at hand or on pip's, which it starts."""
-    given = {"SPARK_HOME", "PYSPARK_GATEWAY_PORT"} & set(os.environ)
-    if not given and SparkContext._gateway is None:
+    has_spark = not {"SPARK_HOME", "PYSPARK_GATEWAY_PORT"}.isdisjoint(os.environ)
+    if not has_spark and SparkContext._gateway is None:
         start_own_spark(settings, 0 < sum(sizes.values()) < 2**26)  # 64 MB
     builder = SparkSession.builder
     builder = builder.enableHiveSupport() if settings.database else builder

@@ -136,6 +136,24 @@ def test_publish_replaces_the_tables_and_no_other_file(lake: etl.Lake) -> None:
     assert all(any(folder.iterdir()) for folder in folders)
 
 
+def test_reader_in_a_loop_never_sees_fewer_rows(lake: etl.Lake) -> None:
+    """The files are many, so that the reader comes in between."""
+    folder, looks = folder_of(lake), []
+    months = [f"songplays/year=2018/month={n}/part-{{}}.parquet" for n in range(60)]
+    fill(folder, "run0", *months)
+    old = [name for name in lake.files("songplays") if "run0" in name]
+    with ThreadPoolExecutor() as pool, etl.claimed(lake, "run1") as staging:
+        fill(folder / staging, "run1", *months)
+        publishing = pool.submit(etl.publish, lake, staging, old)
+        while not publishing.done():
+            found = list(folder.glob("songplays/*/*/*.parquet"))
+            with suppress(FileNotFoundError):  # The reader lists again.
+                looks.append({path.parent.name for path in found if path.read_text()})
+    publishing.result()
+    assert all(look >= {f"month={n}" for n in range(60)} for look in looks)
+    assert len(looks) > 5
+
+
 @pytest.mark.parametrize(
     ("method", "action", "reason"),
     [
