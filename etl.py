@@ -812,7 +812,11 @@ def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
                 lake.delete(owner)  # The next start takes over and finishes it.
                 lake.delete(alive)
             else:
-                lake.delete(staging, recursive=True)
+                with suppress(OSError):
+                    lake.delete(staging, recursive=True)
+                if sys.exc_info()[0]:  # Tasks that end late may have added to it.
+                    time.sleep(0.5)
+                    lake.delete(staging, recursive=True)
             lake.delete("_staging")  # This fails while another run is in it.
 
 
