@@ -1247,7 +1247,7 @@ def to_uri(path: str) -> str:
 
 def run_or_cancel(settings: Settings) -> dict[str, Any]:
     """Runs the job in a thread of its own, since Ctrl-C amid a call of Java would mix
-    up the answers to later calls; ends it within 3 s of Ctrl-C, 10 s if Java hangs."""
+    up the answers to later calls; ends it at Ctrl-C: within 10 s if Spark is its own."""
     given = SparkContext._active_spark_context
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(run, settings)
