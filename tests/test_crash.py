@@ -152,7 +152,7 @@ def test_run_with_a_fault_at_a_call_leaves_old_or_new_tables(
     assert rows_of(lake) == new and n > step
 
 
-@pytest.mark.parametrize("pause", [0.8, *long(0.4)])
+@pytest.mark.parametrize("pause", [2.0, *long(0.4)])
 def test_interrupted_run_ends_with_a_line_no_process_and_the_tables_as_they_were(
     pause: float, made: Path, lake: Path, spark: SparkSession
 ) -> None:
