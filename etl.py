@@ -116,6 +116,7 @@ PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
 # is, and its text then (as ISO-8859-1 if it isn't UTF-8).
 RECORD, IS_GOOD = "source_file string, reason string, raw string", "reason IS NULL"
 SOURCES = {"songs": "song_data", "events": "log_data"}  # folders of INPUT
+INPUT_NAMES = (".json", ".json.gz")  # how the names of their files end
 SCHEMAS = {"songs": SONG_SCHEMA, "events": EVENT_SCHEMA}
 FAULTS = {"songs": SONG_FAULT, "events": EVENT_FAULT}
 RECORDS = {"songs": f"{SONG_SCHEMA}, {RECORD}", "events": f"{EVENT_SCHEMA}, {RECORD}"}
@@ -325,7 +326,7 @@ def build_songplays(events: DataFrame, songs: DataFrame) -> DataFrame:
     key = ("ts", "userId", "sessionId", "itemInSession")
     fields = "level, location, userAgent, song, artist, length"
     greatest = F.expr(f"max(struct({fields})) AS play")
-    plays = events.where(IS_PLAY).repartition(*key)  # Spark would sort them twice.
+    plays = events.where(IS_PLAY).repartition(*key)  # Else Spark sorts them twice.
     plays = plays.groupBy(*key).agg(greatest).select(*key, "play.*")
     # Each song by its title and a name of its artist; the only artist of each name.
     names = songs.where(HAS_SONG_KEYS).where("artist_name IS NOT NULL")
@@ -452,7 +453,7 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
     with open(__file__, "rb") as file:
         script = hashlib.sha256(file.read()).hexdigest()
     empty = {"input": settings.input, "script": script, "files": {}, "counts": []}
-    found, names = None, [of for of in lake.files("_records") if "/_manifest-" in of]
+    names, found = list_manifests(lake), None
     with suppress(ValueError):
         found = json.loads(lake.read(names[0])) if len(names) == 1 else None
     is_whole = isinstance(found, dict) and found.keys() == empty.keys()
@@ -468,6 +469,11 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
         say(f"All files are read, since {why[0]}.")
         return empty
     return found
+
+
+def list_manifests(lake: Lake) -> list[str]:
+    """The names of the lake's manifests; a whole lake has one."""
+    return [name for name in lake.files("_records") if "/_manifest-" in name]
 
 
 @dataclass(frozen=True)
@@ -843,9 +849,8 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
             if not break_lock:
                 hint = "add --break-lock to discard it and replace every table"
                 raise RunError(f"{lake.root}/{journal}: {error}: {hint}") from error
-            # The records that a manifest tells of are not all in place.
-            manifests = (of for of in lake.files("_records") if "/_manifest-" in of)
-            list(map(lake.delete, manifests))
+            for name in list_manifests(lake):  # Its records are not all in place.
+                lake.delete(name)
         lake.delete(other, recursive=True)
         say(f"Finished or cleared away what was left in {other}.")
 
@@ -953,12 +958,17 @@ S3A_OPTIONS = {
 }
 
 
+def uses_s3(settings: Settings) -> bool:
+    """True where INPUT or OUTPUT is on S3."""
+    return "s3" in (settings.input[:2], settings.output[:2])
+
+
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
     bytes of each file of INPUT by its URI; nothing where they can't be listed."""
     source, sizes = settings.input, {}
     has_boto3, is_local = bool(find_spec("boto3")), source.startswith("file:")
-    if has_boto3 and "s3" in (source[:2], settings.output[:2]):
+    if has_boto3 and uses_s3(settings):
         sizes = check_s3(settings)
     hint = "give --input the folder of song_data/ and log_data/"
     for part in SOURCES.values():
@@ -969,10 +979,10 @@ def preflight(settings: Settings) -> dict[str, int]:
             except OSError as why:
                 raise SettingsError(f"INPUT {folder}: {why.strerror}: {hint}") from None
             paths = filter(os.path.isfile, glob(f"{escape(folder)}/**", recursive=True))
+            paths = (path for path in paths if path.endswith(INPUT_NAMES))
             sizes.update((f"file://{path}", os.path.getsize(path)) for path in paths)
-        files = [name for name in sizes if name.startswith(f"{source}/{part}/")]
         is_listed = is_local or (has_boto3 and source.startswith("s3"))
-        if is_listed and not any(re.search(r"\.json(\.gz)?$", name) for name in files):
+        if is_listed and not any(of.startswith(f"{source}/{part}/") for of in sizes):
             lack = f"INPUT {source} holds no {part}/ with .json or .json.gz files"
             raise SettingsError(f"{lack}: {hint}")
     return sizes
@@ -1014,7 +1024,7 @@ def check_s3(settings: Settings) -> dict[str, int]:
     if method == "sso" and not aws and pyspark.__version__ < "4":
         hint = "install pyspark 4, or set what aws configure export-credentials prints"
         raise SettingsError(f"Spark 3.5 knows no AWS SSO: {hint}")
-    return sizes
+    return {name: size for name, size in sizes.items() if name.endswith(INPUT_NAMES)}
 
 
 def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
@@ -1055,7 +1065,7 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
     }
-    if "s3a://" in settings.input + settings.output:
+    if uses_s3(settings):
         options.update(S3A_OPTIONS)
         options["spark.jars.packages"] = packages = s3_packages()
         chain = "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"
@@ -1247,7 +1257,7 @@ def to_uri(path: str) -> str:
 
 def run_or_cancel(settings: Settings) -> dict[str, Any]:
     """Runs the job in a thread of its own, since Ctrl-C amid a call of Java would mix
-    up the answers to later calls; ends it at Ctrl-C: within 10 s if Spark is its own."""
+    up the answers to later calls; ends it at Ctrl-C, within 10 s on its own Spark."""
     given = SparkContext._active_spark_context
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(run, settings)
