@@ -22,8 +22,10 @@ import etl
 
 # Tiny tables need few tasks and no optimizing compiler, whose absence halves the tests'
 # CPU time. (The code cache that Java chooses without it is too small for a whole run.)
+# Spark forgets what it compiled for a run before the next one, unless it may keep more.
 QUICK_SPARK = (
-    "--master local[2] --conf spark.sql.shuffle.partitions=2 --driver-java-options "
+    "--master local[2] --conf spark.sql.shuffle.partitions=2 "
+    "--conf spark.sql.codegen.cache.maxEntries=2000 --driver-java-options "
     "'-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m' pyspark-shell"
 )
 # A line that the job prints before its last one.
