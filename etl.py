@@ -33,9 +33,8 @@ if not find_spec("pyspark"):  # A node of EMR has pyspark below its Spark home o
     sys.path += [f"{home}/python", *glob(f"{home}/python/lib/py4j-*.zip")]
 try:
     import pyspark
-    from py4j.protocol import Py4JError
+    from py4j.protocol import Py4JError, Py4JNetworkError
     from pyspark import SparkConf, SparkContext
-    from pyspark.errors import AnalysisException
     from pyspark.java_gateway import launch_gateway
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
@@ -78,14 +77,11 @@ TABLES = {
     "artists": Table("artist_id", (), ("artist_id",)),
     "time": Table("start_time", MONTH, ("start_time",)),
 }
-# (table, column, the table whose primary key the column holds)
-FOREIGN_KEYS = (
-    ("songplays", "user_id", "users"),
-    ("songplays", "song_id", "songs"),
-    ("songplays", "artist_id", "artists"),
-    ("songplays", "start_time", "time"),
-    ("songs", "artist_id", "artists"),
-)
+# Columns that hold the primary key, by its name, of another table.
+FOREIGN_KEYS = {
+    "songplays": ("user_id", "song_id", "artist_id", "start_time"),
+    "songs": ("artist_id",),
+}
 # The fields that are read. ts is in ms since 1970, duration and length are in seconds.
 SONG_SCHEMA = """song_id string, title string, artist_id string, artist_name string,
     artist_location string, artist_latitude double, artist_longitude double,
@@ -110,22 +106,21 @@ SONGPLAY_ID = "xxhash64(ts, userId, sessionId, itemInSession)"
 IS_PLAY = """page = 'NextSong' AND ts IS NOT NULL AND userId IS NOT NULL
     AND sessionId IS NOT NULL"""
 HAS_SONG_KEYS = "song_id IS NOT NULL AND artist_id IS NOT NULL"
-# The id of a play, null for other events.
-PLAY = f"if({IS_PLAY}, {SONGPLAY_ID}, null)"
 # What is kept with a typed record: its file, a URL-encoded URI; why it is bad, if it
 # is, and its text then (as ISO-8859-1 if it isn't UTF-8).
-RECORD, IS_GOOD = "source_file string, reason string, raw string", "reason IS NULL"
+ORIGIN = "source_file string, reason string, raw string"
+IS_GOOD = "reason IS NULL"
 SOURCES = {"songs": "song_data", "events": "log_data"}  # folders of INPUT
 INPUT_NAMES = (".json", ".json.gz")  # how the names of their files end
 SCHEMAS = {"songs": SONG_SCHEMA, "events": EVENT_SCHEMA}
 FAULTS = {"songs": SONG_FAULT, "events": EVENT_FAULT}
-RECORDS = {"songs": f"{SONG_SCHEMA}, {RECORD}", "events": f"{EVENT_SCHEMA}, {RECORD}"}
+RECORDS = {"songs": f"{SONG_SCHEMA}, {ORIGIN}", "events": f"{EVENT_SCHEMA}, {ORIGIN}"}
 RECORDS["events"] += ", year int, month int"  # of ts, 0 where it isn't valid
 # The lake also keeps the typed records, and each user's latest event of each month.
 FOLDERS = {
     **TABLES,
     "_records/songs": Table("song_id", (), ("song_id",)),
-    "_records/events": Table(PLAY, MONTH, ("ts",)),
+    "_records/events": Table("ts", MONTH, ("ts",)),
     "_records/users": Table("userId", MONTH, ("userId",)),
 }
 
@@ -137,7 +132,7 @@ FOLDERS = {
 # before was cut off; between } and {"key": on one line, where an array has a comma.
 LINE_END = r"(?<=[}\]])[ \t]*+\r?\n\s*+(?=[^,\]}\s])"
 LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"])'
-NEXT_OBJECT = r'(?=\{\s*+"[^"\\]*+"\s*+:)'
+NEXT_OBJECT = r'(?=(?:\xef\xbb\xbf)?+\{\s*+"[^"\\]*+"\s*+:)'
 BOUNDARY = rf"{LINE_END}|{LINE_END_WITH_COMMA}|\n(?=\{{)|(?<=\}})\s*+{NEXT_OBJECT}"
 ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
 ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order mark.
@@ -153,8 +148,8 @@ def open_files(spark: SparkSession, folder: str, reader: str = "text") -> DataFr
 def list_files(lines: DataFrame) -> dict[str, list[int]]:
     """The bytes and the time of change (ms) of each file, by its name in Hadoop."""
     index = lines._jdf.queryExecution().analyzed().relation().location()
-    status = r"path=(.*); isDirectory=false; length=(\d+);.* modification_time=(\d+);"
-    found = re.findall(status, index.allFiles().mkString("\n"))
+    status = r"path=(.*?); isDirectory=false; length=(\d+);.*? modification_time=(\d+);"
+    found = re.findall(status, index.allFiles().mkString("\n"), re.DOTALL)
     return {name: [int(size), int(changed)] for name, size, changed in found}
 
 
@@ -210,9 +205,8 @@ def trim(text: Column) -> Column:
 
 
 def split_text(text: Column) -> Column:
-    """The pieces of a text, an array, each of which should be one JSON object: the text
-    itself where it has one, its values where it is JSON as a whole, else what lies
-    between boundaries."""
+    """The pieces of a text, an array: the text itself where it has one object, its
+    values where it is JSON as a whole, else what lies between boundaries."""
     values = F.when(is_utf8(text), parse(trim(text), "string"))
     values = F.transform(values, lambda value: F.coalesce(value, F.lit("null")))
     # Each byte becomes a character, since splitting would replace what isn't UTF-8.
@@ -226,13 +220,10 @@ def split_text(text: Column) -> Column:
     return F.when(is_one, F.array(text)).otherwise(F.coalesce(values, pieces))
 
 
-def read_records(
-    kind: str, lines: DataFrame, folder: str, files: Iterable[str] | None = None
-) -> DataFrame:
-    """The songs or events, good and bad, of the files below a folder, or of some files.
-    A blank string is null, a value of the wrong type a bad record. Out: RECORDS."""
-    raw, texts = F.col("raw"), read_texts(lines, folder)
-    texts = texts if files is None else texts.where(is_of(files))
+def read_records(kind: str, texts: DataFrame) -> DataFrame:
+    """The songs or events, good and bad, of texts as read_texts gives them. A blank
+    string is null, a value of the wrong type a bad record. Out: RECORDS."""
+    raw = F.col("raw")
     # An inner explode would make Spark split each text twice, to see if it is empty.
     pieces = texts.withColumn("raw", F.explode_outer(split_text(F.col("text"))))
     pieces = pieces.withColumn("raw", trim(raw)).where(raw != "")
@@ -372,41 +363,35 @@ def write_files(rows: DataFrame, lake: Lake, name: str) -> None:
 
 def read_files(lake: Lake, name: str, schema: str | StructType) -> DataFrame:
     """The rows of the Parquet files below a folder of the lake, if there are any."""
-    try:
-        return lake.spark.read.schema(schema).parquet(literal(f"{lake.root}/{name}"))
-    except AnalysisException as error:
-        if "PATH_NOT_FOUND" not in str(error):
-            raise
-        # A filter that nothing passes tells Spark to plan no task.
-        return lake.spark.createDataFrame([], schema).where("false")
+    is_there = lake.fs.exists(lake.path(name))
+    paths = [literal(f"{lake.root}/{name}")] if is_there else []
+    return lake.spark.read.schema(schema).format("parquet").load(paths)
 
 
 def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
-    """Checks views: the five tables as written, by their names; due_TABLE, which holds
-    the keys that a table must have; all_TABLE, whose rows are only counted. Returns, by
-    view, its rows and how many have each foreign key. Raises RunError unless every
-    primary key is unique and not null, there are as many as are due, and every foreign
-    key that isn't null finds its row."""
-    queries = []
+    """Checks the five tables as written: every primary key is unique and not null, and
+    there are as many as in the view due_TABLE, if there is one; every foreign key finds
+    its row or is null. Raises RunError where not. Of a view all_TABLE the rows are only
+    counted. Returns, by view, its rows and how many have each foreign key."""
+    queries, owners = [], {table.key: name for name, table in TABLES.items()}
     for name, rows in views.items():
         rows.createOrReplaceTempView(name)
         kind, _, table = name.rpartition("_")
-        links = {key: f"count({key})" for of, key, _ in FOREIGN_KEYS if of == name}
-        figures = {"rows": "count(*)", **links}
+        links = FOREIGN_KEYS.get(name, ())
+        figures = {"rows": "count(*)", **{key: f"count({key})" for key in links}}
         if kind != "all":
             figures["keys"] = f"count(DISTINCT {TABLES[table].key})"
         counts = ", ".join(f"'{of}', {count}" for of, count in figures.items())
-        queries.append(f"SELECT '{name}', map({counts}), '' FROM {name}")
-    for name, column, owner in FOREIGN_KEYS:
-        lost = f"'{name}: no row of {owner} for {column} ' || min({column})"
-        join = f"{owner} ON {name}.{column} = {owner}.{TABLES[owner].key}"
-        queries.append(f"SELECT '', map(), {lost} FROM {name} LEFT ANTI JOIN {join}")
-    spark, found = views["songplays"].sparkSession, {}
-    for name, counts, lost in spark.sql(" UNION ALL ".join(queries)).collect():
-        if lost:
-            raise RunError(f"check failed: {lost}")
-        if name:
-            found[name] = counts
+        queries.append(f"SELECT '{name}', map({counts}) FROM {name}")
+        for key in links:
+            lost = f"'{name}: no row of {owners[key]} for {key} ' || min({key})"
+            join = f"{name} LEFT ANTI JOIN {owners[key]} USING ({key})"
+            queries.append(f"SELECT {lost}, null FROM {join}")
+    spark = views["songplays"].sparkSession
+    found = dict(spark.sql(" UNION ALL ".join(queries)).collect())
+    found.pop(None, None)  # A foreign key that finds all its rows has no text.
+    for lost in sorted(found.keys() - views.keys()):
+        raise RunError(f"check failed: {lost}")
     for name, table in TABLES.items():
         rows, keys = found[name]["rows"], found[name]["keys"]
         due = found.get(f"due_{name}", found[name])["keys"]
@@ -421,8 +406,7 @@ def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """A whole run: reads what is new, builds, checks, publishes. Returns its report,
-    which is in OUTPUT/_reports/, too; an empty one where nothing is new. Raises
-    SettingsError for wrong settings, RunError or what Spark raises for the rest: the
+    empty if nothing is new. Raises SettingsError, RunError or what Spark raises: the
     tables are as they were, unless the error says more."""
     sizes = preflight(settings)
     say(f"Sparkify ETL: {settings.input} -> {settings.output}")
@@ -453,17 +437,17 @@ def load_manifest(lake: Lake, settings: Settings) -> dict[str, Any]:
     with open(__file__, "rb") as file:
         script = hashlib.sha256(file.read()).hexdigest()
     empty = {"input": settings.input, "script": script, "files": {}, "counts": []}
-    names, found = list_manifests(lake), None
-    with suppress(ValueError):
-        found = json.loads(lake.read(names[0])) if len(names) == 1 else None
-    is_whole = isinstance(found, dict) and found.keys() == empty.keys()
-    found = found if is_whole else empty
+    names, found = list_manifests(lake), {}
+    with suppress(ValueError, TypeError):
+        found = dict(json.loads(lake.read(names[0]))) if len(names) == 1 else {}
+    tables = (lake.fs.exists(lake.path(name)) for name in TABLES if found)
     reasons = {
         "--full or --break-lock tells so": settings.full or settings.break_lock,
         "the lake has no manifest": not names,
-        "the manifest is damaged or not the only one": not is_whole,
-        "INPUT is another": found["input"] != settings.input,
-        "etl.py has changed": found["script"] != script,
+        "the manifest is damaged or not the only one": not empty.keys() <= found.keys(),
+        "INPUT is another": found.get("input") != settings.input,
+        "etl.py has changed": found.get("script") != script,
+        "a table is missing": not all(tables),
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         say(f"All files are read, since {why[0]}.")
@@ -505,8 +489,7 @@ def find_news(lake: Lake, settings: Settings) -> News:
 
 
 def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str, Any]:
-    """Reads what is new; builds, checks and publishes what changes with it. Returns the
-    run's report."""
+    """Reads what is new; builds, checks, publishes what changes. Returns the report."""
     run_id, staged = staging.split("/")[1], replace(lake, root=f"{lake.root}/{staging}")
     with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
         read = pool.map(lambda kind: stage_records(lake, staged, news, kind), SOURCES)
@@ -517,10 +500,8 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
         report.update(limit=settings.max_rejected, new=sum_up(songs + events))
         if report["new"]["rejected"]:
             bad = bad_songs.unionAll(bad_events).repartitionByRange("source_file")
-            bad.write.json(f"{staged.root}/_rejected/{run_id}")
+            bad.write.json(f"{lake.root}/_rejected/{run_id}")
         if fault := find_fault(report, counts):
-            staged.delete("_records", recursive=True)
-            publish(lake, staging, replaced=())
             raise RunError(fault)
     changes = find_changes(news, song_months, event_months)
     months = sorted((changes["songplays"] or set()) - {0})
@@ -535,10 +516,10 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
         for of, table in zip(report["records"].values(), ("songs", "songplays")):
             of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
         report.update(built=what, tables=tables, plays=figures["songplays"])
-        staged.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
         manifest = {**news.manifest, "files": news.files, "counts": counts}
         staged.write(f"_records/_manifest-{run_id}.json", json.dumps(manifest))
         publish(lake, staging, find_replaced(lake, changes))
+        lake.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
     return report
 
 
@@ -550,14 +531,15 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
     name, fresh, known = f"_records/{kind}", news.fresh[kind], news.manifest["files"]
     if fresh:
         folder = f"{news.manifest['input']}/{SOURCES[kind]}"
-        some = fresh if known else None
-        write_files(read_records(kind, news.lines[kind], folder, some), staged, name)
+        texts = read_texts(news.lines[kind], folder)
+        texts = texts.where(is_of(fresh)) if known else texts
+        write_files(read_records(kind, texts), staged, name)
     month_id = FOLDERS[name].month_id
     # Spark lists the folder's files now, before those of known records join them.
     records = read_files(staged, name, RECORDS[kind]).withColumn("month_id", month_id)
-    good = F.expr(f"count(if({IS_GOOD}, {FOLDERS[name].key}, null))")
+    is_kept = f"{IS_GOOD} AND {IS_PLAY}" if kind == "events" else IS_GOOD
     groups = records.groupBy("source_file", "month_id", "reason")
-    found = groups.agg(F.count("*"), good).collect()
+    found = groups.agg(F.count("*"), F.expr(f"count_if({is_kept})")).collect()
     counts = [[unquote(file), kind, *figures] for file, *figures in found]
     gone = [of for of in news.manifest["counts"] if of[0] in news.gone]
     months = {month for _, of, month, *_ in counts + gone if of == kind}
@@ -582,24 +564,23 @@ def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any
 def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str, Any]:
     """Stages what changes of the tables. Gives the views that check_tables wants."""
 
-    def complete(name: str, rows: DataFrame) -> DataFrame:
+    def whole(name: str, schema: str | StructType) -> DataFrame:
         """Staged rows and, of the months that don't change, the published ones."""
-        if (months := changes[name]) is None:
+        rows, months = read_files(staged, name, schema), changes[name]
+        if months is None:
             return rows
         stays = ~FOLDERS[name].month_id.isin(months)
-        return rows.unionByName(read_files(lake, name, rows.schema).where(stays))
+        return rows.unionByName(read_files(lake, name, schema).where(stays))
 
-    songs = read_files(staged, "_records/songs", RECORDS["songs"])
-    songs = complete("_records/songs", songs).where(IS_GOOD)
+    songs = whole("_records/songs", RECORDS["songs"]).where(IS_GOOD)
     events = read_files(staged, "_records/events", RECORDS["events"]).where(IS_GOOD)
     latest = find_latest(events, "userId", *MONTH)
     write_files(latest, staged, "_records/users")
-    latest = read_files(staged, "_records/users", latest.schema)
-    if changes["songplays"] is None:
-        events = complete("_records/events", events).where(IS_GOOD)
+    if not changes["songplays"]:  # Every month is built, or none and all are checked.
+        events = whole("_records/events", RECORDS["events"]).where(IS_GOOD)
     tables = {
         "songplays": build_songplays(events, songs),
-        "users": build_users(complete("_records/users", latest)),
+        "users": build_users(whole("_records/users", latest.schema)),
         "songs": build_songs(songs),
         "artists": build_artists(songs),
         "time": build_time(events),
@@ -608,12 +589,13 @@ def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str,
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: write_files(tables[name], staged, name), changing))
     views = {"due_songs": songs.select("song_id")}
-    views["due_songplays"] = events.selectExpr(f"{PLAY} AS songplay_id")
-    for name in TABLES:
-        rows = read_files(staged, name, tables[name].schema)
-        views[name] = complete(name, rows)
+    plays = events.where(IS_PLAY)
+    views["due_songplays"] = plays.selectExpr(f"{SONGPLAY_ID} AS songplay_id")
+    for name, built in tables.items():
+        views[name] = whole(name, built.schema)
         if changes[name]:  # Only some months: those are checked, the whole is counted.
-            views[name], views[f"all_{name}"] = rows, views[name]
+            views[f"all_{name}"] = views[name]
+            views[name] = read_files(staged, name, built.schema)
     return views
 
 
@@ -630,8 +612,7 @@ def find_replaced(lake: Lake, changes: dict[str, Any]) -> list[str]:
 
 
 def sum_up(counts: list[list[Any]]) -> dict[str, Any]:
-    """What became of counted records, by kind, duplicates not yet found; how many are
-    rejected, by kind and reason."""
+    """What became of counted records, before duplicates are found; why they are bad."""
     outcomes = ("read", "rejected", "not plays", "duplicate", "kept")
     records = {kind: dict.fromkeys(outcomes, 0) for kind in SOURCES}
     rejected: Counter[str] = Counter()
@@ -685,8 +666,11 @@ def format_report(report: dict[str, Any]) -> str:
 
 def explain(error: BaseException) -> str:
     """An exception in one line: its first cause, and the file that it was about."""
-    interrupted = isinstance(error, KeyboardInterrupt)
-    text = "interrupted" if interrupted else str(error).strip() or type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(error, (Py4JNetworkError, ConnectionError)):
+        text = "Java has ended, maybe for want of memory: start again with --debug"
     causes = re.findall(r"^(?:Caused by: |: )(.+)", text, re.MULTILINE)
     about = re.search(r"while reading file (.+?\.json(?:\.gz)?)", text)
     line = causes[-1] if causes else " ".join(text.splitlines()[:2])
@@ -714,8 +698,10 @@ def step(title: str) -> Iterator[None]:
 
 LEASE = 90  # seconds without a sign of life after which a run counts as dead
 HEARTBEAT = 15  # seconds between two signs of life
-# What a run writes into a table or its records.
-OWN_FILE = re.compile(r"(.*/)?part-[^/]*\.parquet|_records/_manifest-[^/]*\.json")
+LATE_TASKS = 0.5  # seconds for which Spark's tasks may go on after a failure
+# What a run publishes; of earlier runs it deletes nothing else.
+ROWS = rf"({'|'.join(FOLDERS)})(/\w+=[^/]+)*/part-[^/]*\.parquet"
+OWN_FILE = re.compile(rf"{ROWS}|_records/_manifest-[^/]*\.json")
 
 
 @dataclass(frozen=True)
@@ -786,9 +772,8 @@ def open_lake(spark: SparkSession, root: str) -> Lake:
 @contextmanager
 def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
     """Keeps other runs from the lake while inside; first finishes or clears away what
-    dead ones have left. Gives the name of the run's staging folder, where a file that
-    is written again every 15 s tells the living from the dead. Raises RunError while
-    another run is alive, SettingsError where OUTPUT can't be written."""
+    dead ones have left. Gives the name of the run's staging folder. Raises RunError
+    while another run is alive, SettingsError where OUTPUT can't be written."""
     staging, ended = f"_staging/{run_id}", threading.Event()
     owner, alive = f"{staging}/_owner.json", f"{staging}/_alive"
     me = {"host": os.uname().nodename, "process": os.getpid(), "start": time.ctime()}
@@ -818,11 +803,9 @@ def claimed(lake: Lake, run_id: str, break_lock: bool = False) -> Iterator[str]:
                 lake.delete(owner)  # The next start takes over and finishes it.
                 lake.delete(alive)
             else:
-                with suppress(OSError):
-                    lake.delete(staging, recursive=True)
-                if sys.exc_info()[0]:  # Tasks that end late may have added to it.
-                    time.sleep(0.5)
-                    lake.delete(staging, recursive=True)
+                if sys.exc_info()[0]:  # Tasks that end late may add to it.
+                    time.sleep(LATE_TASKS)
+                lake.delete(staging, recursive=True)
             lake.delete("_staging")  # This fails while another run is in it.
 
 
@@ -842,7 +825,7 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
         journal = f"{other}/_journal.json"
         try:
             if lake.fs.exists(lake.path(journal)):
-                places = (other, *TABLES, "_records", "_rejected", "_reports")
+                places = (other, *TABLES, "_records")
                 there = {name for place in places for name in lake.files(place)}
                 finish(lake, other, json.loads(lake.read(journal)), there)
         except (ValueError, KeyError, RunError) as error:
@@ -856,14 +839,10 @@ def clear_others(lake: Lake, staging: str, break_lock: bool) -> None:
 
 
 def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
-    """Moves what a run has staged into the lake, then deletes the files that it
-    replaces. A journal of both comes first, so that the next start can finish what is
-    cut off. A reader sees old rows, new rows or both, never fewer."""
+    """Moves staged files into the lake, then deletes those that they replace; a journal
+    of both comes first. A reader sees old rows, new rows or both, never fewer."""
     run_id, there = staging.split("/")[1], lake.files(staging)
-    names = [name[len(staging) + 1 :] for name in there]
-    # Spark's hidden files and what the staging folder itself needs are not published.
-    other = r"/[_.](?!manifest-)|^_(?!records|rejected|reports)"
-    names = [name for name in names if not re.search(other, name)]
+    names = filter(OWN_FILE.fullmatch, (name[len(staging) + 1 :] for name in there))
     # With the run in its name no file is in the way of another run's.
     staged = {of: re.sub("/part-(?!.*/)", f"/part-{run_id}-", of) for of in names}
     journal = {"staged": staged, "replaced": list(filter(OWN_FILE.fullmatch, replaced))}
@@ -888,20 +867,18 @@ def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -
     """Does what is left to do of a journal, given the files that there are; nothing,
     where moving had not begun. Raises RunError where a table's file is lost."""
     targets = {f"{staging}/{name}": of for name, of in journal["staged"].items()}
-    left = [name for name in targets if name in there]
-    gone = {of for name, of in targets.items() if not {name, of} & there}
-    lost = sorted(filter(OWN_FILE.fullmatch, gone))
+    lost = sorted(of for name, of in targets.items() if not {name, of} & there)
     if lost and not there & set(targets.values()):
         return  # Nothing was moved yet, so the journal is void.
     if lost:
         raise RunError(f"{lake.root}/{lost[0]} is lost")
-    moves = {name: targets[name] for name in left if targets[name] not in there}
+    # A target that exists is whole: S3A copies a file, then deletes it.
+    moves = {name: of for name, of in targets.items() if {name, of} & there == {name}}
     with ThreadPoolExecutor(32) as pool:
         for is_last in (False, True):  # A manifest tells of records that are in place.
             names = [name for name in moves if ("/_manifest-" in name) == is_last]
             list(pool.map(lake.move, names, map(moves.get, names)))
-        # A target that exists is whole: S3A copies a file, then deletes it.
-        list(pool.map(lake.delete, [*journal["replaced"], *(set(left) - set(moves))]))
+        list(pool.map(lake.delete, journal["replaced"]))
     # A file lies in its table's folder, or one or two levels deeper.
     folders = {name.rsplit("/", of)[0] for name in journal["replaced"] for of in (1, 2)}
     for folder in sorted(folders, reverse=True):
@@ -918,6 +895,8 @@ SQL_OPTIONS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     "spark.sql.parquet.compression.codec": "snappy",
+    "spark.sql.files.ignoreCorruptFiles": "false",
+    "spark.sql.files.ignoreMissingFiles": "false",
     # At the default, 4 MB more for each file, small files make hundreds of tasks.
     "spark.sql.files.openCostInBytes": "65536",
 }
@@ -931,13 +910,13 @@ SDKS = {
 }
 # What dl.cfg's section [AWS] may hold, and S3A's setting for it.
 S3A_KEYS = {
-    "AWS_ACCESS_KEY_ID": "access.key",
-    "AWS_SECRET_ACCESS_KEY": "secret.key",
-    "AWS_SESSION_TOKEN": "session.token",
-    "AWS_REGION": "endpoint.region",
-    "ENDPOINT_URL": "endpoint",
+    "aws_access_key_id": "access.key",
+    "aws_secret_access_key": "secret.key",
+    "aws_session_token": "session.token",
+    "aws_region": "endpoint.region",
+    "endpoint_url": "endpoint",
 }
-CONFIG_KEYS = {"LAKE": ("INPUT", "OUTPUT", "DATABASE"), "AWS": tuple(S3A_KEYS)}
+CONFIG_KEYS = {"LAKE": ("input", "output", "database"), "AWS": tuple(S3A_KEYS)}
 # What those packages name but Spark has already, or other clouds need.
 NOT_NEEDED = (
     "software.amazon.awssdk:bundle,com.amazonaws:aws-java-sdk-bundle,joda-time:*,"
@@ -958,18 +937,12 @@ S3A_OPTIONS = {
 }
 
 
-def uses_s3(settings: Settings) -> bool:
-    """True where INPUT or OUTPUT is on S3."""
-    return "s3" in (settings.input[:2], settings.output[:2])
-
-
 def preflight(settings: Settings) -> dict[str, int]:
     """Raises SettingsError for what would fail after Spark's slow start. Returns the
     bytes of each file of INPUT by its URI; nothing where they can't be listed."""
-    source, sizes = settings.input, {}
-    has_boto3, is_local = bool(find_spec("boto3")), source.startswith("file:")
-    if has_boto3 and uses_s3(settings):
-        sizes = check_s3(settings)
+    source, has_boto3 = settings.input, bool(find_spec("boto3"))
+    sizes = check_s3(settings) if has_boto3 and settings.on_s3 else {}
+    is_local = source.startswith("file:")
     hint = "give --input the folder of song_data/ and log_data/"
     for part in SOURCES.values():
         if is_local:
@@ -985,6 +958,9 @@ def preflight(settings: Settings) -> dict[str, int]:
         if is_listed and not any(of.startswith(f"{source}/{part}/") for of in sizes):
             lack = f"INPUT {source} holds no {part}/ with .json or .json.gz files"
             raise SettingsError(f"{lack}: {hint}")
+    for name in (settings.output, *sizes):  # Not UTF-8, or parts that no path keeps.
+        if re.search(r"[\ud800-\udfff]|(?<![:/])//|/\.\.?/", name):
+            raise SettingsError(f"Hadoop can't read {name!a}: rename it")
     return sizes
 
 
@@ -995,28 +971,24 @@ def check_s3(settings: Settings) -> dict[str, int]:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    uri = next(of for of in (settings.input, settings.output) if of.startswith("s3"))
-    sizes: dict[str, int] = {}
-    aws = {key.lower(): value for key, value in settings.aws.items()}
-    region, retries = aws.pop("aws_region", None), {"total_max_attempts": 2}
+    sizes, uri = {}, settings.on_s3[0]
+    aws, retries = dict(settings.aws), {"total_max_attempts": 2}
+    region = aws.pop("aws_region", None)
     style = {"addressing_style": "path" if "endpoint_url" in aws else "auto"}
     config = Config(connect_timeout=2, read_timeout=10, retries=retries, s3=style)
     try:
-        client = boto3.client("s3", region_name=region, config=config, **aws)
+        s3 = boto3.resource("s3", region_name=region, config=config, **aws)
         for part in SOURCES.values() if uri == settings.input else ():
-            start = f"{uri}/{part}/"
-            _, bucket, key = start.split("/", 3)[1:]
-            pages = client.get_paginator("list_objects_v2")
-            found = pages.paginate(Bucket=bucket, Prefix=key).search("Contents[]")
-            sizes.update(
-                (start + of["Key"][len(key) :], of["Size"]) for of in found if of
-            )
+            scheme, _, bucket, prefix = f"{uri}/{part}/".split("/", 3)
+            found = s3.Bucket(bucket).objects.filter(Prefix=prefix)
+            sizes.update((f"{scheme}//{bucket}/{of.key}", of.size) for of in found)
         uri = settings.output
         if uri.startswith("s3"):
-            _, bucket, key = f"{uri}/_probe-{os.urandom(8).hex()}".split("/", 3)[1:]
-            client.delete_object(Bucket=bucket, Key=key)  # What can't go must not come.
-            client.put_object(Bucket=bucket, Key=key)
-            client.delete_object(Bucket=bucket, Key=key)
+            _, _, bucket, key = f"{uri}/_probe-{os.urandom(8).hex()}".split("/", 3)
+            probe = s3.Object(bucket, key)
+            probe.delete()  # What can't go must not come.
+            probe.put()
+            probe.delete()
         method = getattr(boto3.Session().get_credentials(), "method", None)
     except (BotoCoreError, ClientError, ValueError) as error:
         hint = f" (ENDPOINT_URL {aws['endpoint_url']})" if "endpoint_url" in aws else ""
@@ -1029,7 +1001,7 @@ def check_s3(settings: Settings) -> dict[str, int]:
 
 def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
     """A session of the job's own, on the Spark at hand or on pip's, which it starts."""
-    has_spark = not {"SPARK_HOME", "PYSPARK_GATEWAY_PORT"}.isdisjoint(os.environ)
+    has_spark = {"SPARK_HOME", "PYSPARK_GATEWAY_PORT"} & os.environ.keys()
     if not has_spark and SparkContext._gateway is None:
         start_own_spark(settings, 0 < sum(sizes.values()) < 2**26)  # 64 MB
     builder = SparkSession.builder
@@ -1037,11 +1009,11 @@ def start_spark(settings: Settings, sizes: dict[str, int]) -> SparkSession:
     spark = builder.getOrCreate().newSession()
     for key, value in SQL_OPTIONS.items():
         spark.conf.set(key, value)
-    for uri in (settings.input, settings.output):
-        if uri.startswith("s3"):
-            configure_s3(spark, uri.split("/")[2], settings.aws)
+    for uri in settings.on_s3:
+        configure_s3(spark, uri.split("/")[2], settings.aws)
     encoding = spark._jvm.java.lang.System.getProperty("sun.jnu.encoding")
-    local = "".join(name for name in sizes if name.startswith("file:"))
+    names = (settings.output, *sizes)
+    local = "".join(name for name in names if name.startswith("file:"))
     if "ANSI" in encoding and not local.isascii():
         raise SettingsError("Java passes over names with é: set LC_ALL=C.UTF-8 for it")
     return spark
@@ -1052,7 +1024,8 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
     cores = os.cpu_count() or 1
     # A task waits for one small object after another.
     threads = max(32, cores) if settings.input.startswith("s3") else cores
-    # Java's second compiler doesn't pay; without it, Java makes too small a code cache.
+    # A small input is read before Java's second compiler pays. Without that compiler
+    # Java makes too small a code cache.
     quick = " -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
     options = {
         "spark.master": f"local[{threads}]",
@@ -1065,7 +1038,7 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
         "spark.sql.shuffle.partitions": str(4 * cores),
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
     }
-    if uses_s3(settings):
+    if settings.on_s3:
         options.update(S3A_OPTIONS)
         options["spark.jars.packages"] = packages = s3_packages()
         chain = "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider"
@@ -1079,22 +1052,22 @@ def start_own_spark(settings: Settings, is_small: bool) -> None:
     def relay() -> None:
         for chunk in iter(lambda: os.read(reader, 65536), b""):
             if settings.debug or chunk.startswith(b"\r"):  # The bar begins with it.
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.flush()
+                os.write(2, chunk)
 
     threading.Thread(target=relay, daemon=True).start()
     try:
         conf = SparkConf(loadDefaults=False).setAll(list(options.items()))
         gateway = launch_gateway(conf, {"stdout": writer, "stderr": writer})
-        conf = SparkConf(_jvm=gateway.jvm).setAppName("sparkify-etl")
-        context = SparkContext(conf=conf, gateway=gateway)
+        context = SparkContext(appName="sparkify-etl", gateway=gateway)
     except Exception as error:
         hint = "install Java 17 (apt-get install openjdk-17-jre-headless), see --debug"
         raise SettingsError(f"Spark didn't start: {explain(error)}: {hint}") from error
     finally:
         os.close(writer)
-    files = context._jvm.org.apache.hadoop.fs.FileSystem  # shall write no .crc files
-    files.getLocal(context._jsc.hadoopConfiguration()).setWriteChecksum(False)
+    files = context._jvm.org.apache.hadoop.fs.FileSystem
+    local = files.getLocal(context._jsc.hadoopConfiguration())
+    local.setWriteChecksum(False)  # The lake shall have no .crc files.
+    local.setVerifyChecksum(False)  # Looking for theirs fails at names with a colon.
 
 
 def s3_packages() -> str:
@@ -1120,11 +1093,11 @@ def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
         packages = f"{s3_packages()} --exclude-packages '{NOT_NEEDED}'"
         raise SettingsError(f"Spark has no S3A: start it with --packages {packages}")
     options = {S3A_KEYS[key]: value for key, value in aws.items()}
-    if "ENDPOINT_URL" in aws:
+    if "endpoint_url" in aws:
         options.setdefault("endpoint.region", "us-east-1")
         options["path.style.access"] = "true"
-    if "AWS_ACCESS_KEY_ID" in aws:
-        kind = "Temporary" if "AWS_SESSION_TOKEN" in aws else "Simple"
+    if "aws_access_key_id" in aws:
+        kind = "Temporary" if "aws_session_token" in aws else "Simple"
         provider = f"org.apache.hadoop.fs.s3a.{kind}AWSCredentialsProvider"
         options["aws.credentials.provider"] = provider
     for key, value in options.items():
@@ -1144,7 +1117,7 @@ def register_tables(lake: Lake, database: str) -> None:
         location, full = lake.path(name).toString(), f"`{database}`.`{name}`"
         if os.path.isdir(EMR):  # Athena knows no s3a.
             location = location.replace("s3a:", "s3:", 1)
-        if spark.catalog.tableExists(f"{database}.{name}"):
+        if spark.catalog.tableExists(full):
             described = spark.sql(f"DESCRIBE EXTENDED {full}").drop("comment").collect()
             if (facts := dict(described)).get("Type") != "EXTERNAL":
                 raise RunError(f"{full} is no external table: rename or drop it")
@@ -1170,12 +1143,17 @@ class Settings:
 
     input: str
     output: str
-    database: str | None
-    max_rejected: float
-    full: bool
-    break_lock: bool
-    debug: bool
-    aws: dict[str, str] = field(repr=False)
+    database: str | None = None
+    max_rejected: float = 0.01
+    full: bool = False
+    break_lock: bool = False
+    debug: bool = False
+    aws: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def on_s3(self) -> list[str]:
+        """INPUT and OUTPUT, if they are on S3."""
+        return [uri for uri in (self.input, self.output) if uri.startswith("s3")]
 
 
 def parse_settings(argv: Sequence[str] = ()) -> Settings:
@@ -1183,6 +1161,7 @@ def parse_settings(argv: Sequence[str] = ()) -> Settings:
     here = os.path.dirname(os.path.abspath(__file__))
     about = "Makes five tables under OUTPUT of song_data/ and log_data/ under INPUT."
     parser = argparse.ArgumentParser("etl.py", description=about, allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS  # Only flags that are given are there.
 
     def fail(message: str) -> None:  # In one line; argparse prints the usage, too.
         raise SettingsError(f"{message} (see etl.py --help)")
@@ -1195,20 +1174,19 @@ def parse_settings(argv: Sequence[str] = ()) -> Settings:
     add("--output", metavar="URI", help="the lake of the five tables (default: lake/)")
     add("--database", metavar="NAME", help="register the tables in Spark's catalog")
     limit = "publish nothing above this fraction of bad records (default: 0.01)"
-    add("--max-rejected", metavar="FRACTION", type=float, default=0.01, help=limit)
+    add("--max-rejected", metavar="FRACTION", type=float, help=limit)
     add("--full", action="store_true", help="read all files, known ones too")
     takeover = "take over from a dead run; read all files"
     add("--break-lock", action="store_true", help=takeover)
     add("--debug", action="store_true", help="show tracebacks and Spark's own log")
-    parser.set_defaults(input=f"{here}/data_sample", output="lake")
-    config = read_config(parser.parse_args(argv).config, here)
-    parser.set_defaults(**{key.lower(): value for key, value in config["LAKE"].items()})
     flags = vars(parser.parse_args(argv))
-    if not 0 <= flags["max_rejected"] <= 1:  # NaN is neither.
+    if not 0 <= flags.get("max_rejected", 0) <= 1:  # NaN is neither.
         fail(f"--max-rejected {flags['max_rejected']} is not between 0 and 1")
-    flags.update(input=to_uri(flags["input"]), output=to_uri(flags["output"]))
-    del flags["config"]
-    return Settings(**flags, aws=config["AWS"])
+    config = read_config(flags.pop("config", None), here)
+    places = {"input": f"{here}/data_sample", "output": "lake"}
+    chosen = {**places, **config["LAKE"], **flags}
+    chosen.update((key, to_uri(chosen[key])) for key in places)
+    return Settings(**chosen, aws=config["AWS"])
 
 
 def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str]]:
@@ -1219,9 +1197,9 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
     # A secret may hold a %, so there is no interpolation.
     parser = configparser.RawConfigParser(None, inline_comment_prefixes="#")
     parser.default_section = ""
-    parser.optionxform = str.upper  # type: ignore[assignment,method-assign]
-    known = " or ".join(f"[{of}] {' '.join(keys)}" for of, keys in CONFIG_KEYS.items())
-    hint = f"write each key once, as KEY = VALUE, under {known}"
+    parser.read_dict({section: {} for section in CONFIG_KEYS})
+    known = (f"[{of}] {' '.join(keys).upper()}" for of, keys in CONFIG_KEYS.items())
+    hint = f"write each key once, as KEY = VALUE, under {' or '.join(known)}"
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
@@ -1230,14 +1208,16 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
     except (configparser.Error, ValueError):
         raise SettingsError(f"{path}: {hint}") from None
     sections = {key: section for section, keys in CONFIG_KEYS.items() for key in keys}
-    config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
-    for section, key in ((of, key) for of in parser.sections() for key in parser[of]):
-        if sections.get(key) != section:
-            move = f"move {key} under [{sections[key]}]: " if key in sections else ""
-            raise SettingsError(f"{path}: {move}{hint}")
-        if value := parser[section][key].strip("'\""):
-            config[section][key] = value
-    if not CONFIG_KEYS.keys() >= set(parser.sections()):
+    config: dict[str, dict[str, str]] = {}
+    for section in parser.sections():
+        values = {key: value.strip("'\"") for key, value in parser[section].items()}
+        config[section] = {key: value for key, value in values.items() if value}
+        for key, value in values.items():
+            place = sections.get(key, section)
+            move = f"move {key.upper()} under [{place}]: " * (place != section)
+            if move or key not in sections or "\n" in value:
+                raise SettingsError(f"{path}: {move}{hint}")
+    if config.keys() != CONFIG_KEYS.keys():
         raise SettingsError(f"{path}: {hint}")
     return config
 
@@ -1283,10 +1263,11 @@ def main(argv: Sequence[str] = ()) -> int:
     secrets: list[str] = []
     try:
         settings = parse_settings(argv)
-        open_to_all = ("AWS_REGION", "ENDPOINT_URL")
+        open_to_all = ("aws_region", "endpoint_url")
         secrets = [of for key, of in settings.aws.items() if key not in open_to_all]
         if report := run_or_cancel(settings):
-            say(format_report(report), to=sys.stdout)
+            with suppress(OSError, UnicodeError):  # The tables are published.
+                say(format_report(report), to=sys.stdout)
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         text = f"etl.py: error: {explain(error)}"

@@ -99,7 +99,8 @@ def read_files(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     place = etl.to_uri(f"{folder}/{etl.SOURCES[kind]}")
-    records = etl.read_records(kind, etl.open_files(spark, place), place)
+    texts = etl.read_texts(etl.open_files(spark, place), place)
+    records = etl.read_records(kind, texts)
     return records.drop(*etl.MONTH) if kind == "events" else records
 
 

@@ -74,8 +74,6 @@ def test_columns_have_their_names_order_and_types(
     assert built.schema.simpleString() == f"struct<{COLUMNS[table]}>"
 
 
-# --- Songs, artists, users ------------------------------------------------------------
-
 # Each case has the records of one key and the row that is wanted without its key.
 HELLO, OTHER = ("Hello", "A1", 2015, 295.5), song(title="A", artist_id="A2")
 SONG_CASES = {
@@ -167,8 +165,6 @@ def test_each_start_time_is_one_row_in_utc_with_iso_week_and_sunday_as_weekday_1
         (utc(2021, 1, 3), 0, 3, 53, 1, 2021, 1),  # Sunday, week of 2020
     ]
 
-
-# --- Songplays ------------------------------------------------------------------------
 
 # song_id, title, artist_id, artist_name, duration
 CATALOGUE = [

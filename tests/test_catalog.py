@@ -26,7 +26,7 @@ found = {}
 def look(step, code=0, printed=""):
     spark, tables = SparkSession.builder.enableHiveSupport().getOrCreate(), {}
     for name, table in etl.TABLES.items():
-        full = f"sparkify.{name}"
+        full = f"`2018`.{name}"
         spark.catalog.refreshTable(full)
         facts = spark.sql(f"DESCRIBE EXTENDED {full}").collect()
         show = f"SHOW PARTITIONS {full}"
@@ -42,7 +42,7 @@ def look(step, code=0, printed=""):
 
 def run(step, lake, ts):
     write_input(Path("in"), [song()], [play(ts=ts)])
-    flags = ["--input=in", f"--output={lake}", "--database=sparkify"]
+    flags = ["--input=in", f"--output={lake}", "--database=2018"]
     with redirect_stderr(StringIO()) as printed:
         code = etl.main(flags)
     return look(step, code, printed.getvalue())
@@ -51,9 +51,9 @@ run("november", "lake", 1541121934796).stop()
 look("later")
 run("december", "lake", 1543713934796)
 spark = run("moved", "other lake", 1541121934796)
-spark.sql("DROP TABLE sparkify.users")
-spark.sql("CREATE TABLE sparkify.users (mine INT) STORED AS PARQUET")
-spark.sql("INSERT INTO sparkify.users VALUES (7)")
+spark.sql("DROP TABLE `2018`.users")
+spark.sql("CREATE TABLE `2018`.users (mine INT) STORED AS PARQUET")
+spark.sql("INSERT INTO `2018`.users VALUES (7)")
 run("managed", "lake", 1541121934796)
 print(json.dumps(found, default=str))
 """
@@ -117,7 +117,7 @@ def test_managed_table_of_that_name_is_an_error_that_leaves_it_and_publishes(
 ) -> None:
     managed = found["managed"]
     assert managed["code"] == 1
-    assert re.search("error: .*sparkify.*users.* external", managed["printed"])
+    assert re.search("error: .*2018.*users.* external", managed["printed"])
     assert managed["tables"]["users"]["rows"] == [{"mine": 7}]
     assert managed["tables"]["users"]["facts"]["Type"] == "MANAGED"
     lake = found["folder"] / "lake"

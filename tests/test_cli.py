@@ -83,6 +83,7 @@ def test_java_that_is_missing_or_fails_is_one_line_that_says_which_to_install(
         ("--input=", "s3a://BUCKET/PREFIX"),
         ("--output=gs://bucket/x", "'gs://bucket/x'"),
         ("--input=s3a://", "'s3a://'"),
+        ("--output=lak\udce9", r"lak\udce9': rename it"),
         ("--max-rejected=2", "--max-rejected 2.0 is not"),
         ("--max-rejected=nan", "--max-rejected nan is not"),
     ],
@@ -91,11 +92,20 @@ def test_wrong_flag_is_refused(flag: str, reason: str, failure: Any) -> None:
     assert reason in failure(2, flag)
 
 
-@pytest.mark.parametrize("kind", ["song_data", "log_data"])
-def test_each_part_of_the_input_needs_json_files(kind: str, failure: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        ("song_data", "a.txt", "/in holds no song_data/ with .json or"),
+        ("log_data", "a.txt", "/in holds no log_data/ with .json or"),
+        ("log_data", "caf\udce9.json", r"/log_data/2018/11/caf\udce9.json': rename it"),
+    ],
+)
+def test_each_part_of_the_input_needs_json_files_of_names_that_hadoop_reads(
+    kind: str, name: str, told: str, failure: Any
+) -> None:
     (path,) = Path("in", kind).rglob("*.json")
-    path.rename(path.with_suffix(".txt"))
-    assert f"/in holds no {kind}/ with .json or" in failure(2, "--input=in")
+    path.rename(path.with_name(name))
+    assert told in failure(2, "--input=in")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +119,7 @@ def test_each_part_of_the_input_needs_json_files(kind: str, failure: Any) -> Non
         (f"[LAKE]\nINPUT = in\n{SECRET}", "write"),
         (f"[LAKE]\nINPUT = in\nINPUT = {SECRET}", "write"),
         (f"[AWS]\nAWS_SECRET_ACCESS_KEY =\n{SECRET}=", "write"),
+        (f"[AWS]\nAWS_SESSION_TOKEN = {SECRET}\n {SECRET}", "write"),
         (f"[LAKE]\nINPUT = \udce9 {SECRET}", "write"),
     ],
 )
@@ -140,8 +151,7 @@ def test_importing_reads_no_settings_and_starts_nothing(cwd: Path, java: Path) -
 
 def test_flag_beats_settings_file_beats_default(cwd: Path) -> None:
     places = f"file://{ROOT}/data_sample", f"file://{cwd}/lake"
-    default = etl.Settings(*places, None, 0.01, False, False, False, {})
-    assert etl.parse_settings() == default
+    assert etl.parse_settings() == etl.Settings(*places, None, 0.01)
     text = "[LAKE]\nINPUT = /file/in\nOUTPUT = /file/lake\nDATABASE = of_file\n"
     (cwd / "dl.cfg").write_text(text)
     flags = ["--output=/flag/lake", "--max-rejected=0", "--break-lock", "--debug"]
@@ -252,9 +262,18 @@ def test_corrupt_gzip_file_is_named_in_one_line(
     assert [*Path("lake").iterdir()] == []
 
 
+def test_report_that_cannot_be_printed_is_no_failure(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("printed", "w", encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert etl.main(["--input=in", "--output=laké"]) == 0
+
+
 def test_explanation_is_one_line_and_never_empty(spark: SparkSession) -> None:
     assert etl.explain(ValueError(" \n ")) == "ValueError"
     assert etl.explain(KeyboardInterrupt()) == "interrupted"
+    assert etl.explain(ConnectionRefusedError(111)).startswith("Java has ended, ")
     with pytest.raises(Exception) as of_worker:
         spark.range(1).select(F.udf(lambda number: 1 // number)("id")).collect()
     (line,) = etl.explain(of_worker.value).splitlines()
@@ -270,6 +289,9 @@ def facts_of(caller: SparkSession) -> dict[str, Any]:
     hadoop = context._jsc.hadoopConfiguration().iterator()
     entries = (hadoop.next() for _ in iter(hadoop.hasNext, False))
     return {
+        "active": SparkSession.getActiveSession().conf.get(
+            "spark.sql.session.timeZone"
+        ),
         "SQL": {row.key: row.value for row in caller.sql("SET").collect()},
         "Hadoop": {of.getKey(): of.getValue() for of in entries},
         "Spark": (context.appName, dict(context.getConf().getAll())),
@@ -291,7 +313,9 @@ def test_run_leaves_the_callers_session_and_process_as_they_are(
     for key, value in settings.items():
         caller.conf.set(key, value)
     before = facts_of(caller)
-    etl.run(etl.parse_settings(["--input=in"]))
+    for name in ("early", "late"):  # The second run finds no new song.
+        Path(f"in/log_data/{name}.json").write_text(to_json(play(location=name)))
+        etl.run(etl.parse_settings(["--input=in"]))
     after = facts_of(caller)
     for key in settings:
         caller.conf.unset(key)

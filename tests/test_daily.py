@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,17 @@ def change(rng: random.Random, source: Path) -> str:
     kind = rng.choice(["song_data", "log_data", "log_data"])
     make = random_song if kind == "song_data" else random_event
     files = sorted((source / kind).rglob("*.json"))
-    what = rng.choice(["new", "new", "replaced", "cut", "grown", "renamed", "deleted"])
+    ways = "new new replaced touched emptied cut grown renamed deleted"
+    what = rng.choice(ways.split())
     path = rng.choice(files)
     if what == "new":
-        name = f"é {rng.randrange(99)}%20+'x.json"
+        name = f"é {rng.randrange(99)}%20+'\n:x.json"
         write(source / kind / str(rng.randrange(2)) / name, make(rng), make(rng))
     elif what == "replaced":  # by a file of the same size
         lines = path.read_text().splitlines()
         write(path, *(line.replace('"free"', '"paid"') for line in reversed(lines)))
+    elif what in ("touched", "emptied"):
+        write(path, *path.read_text().splitlines() * (what == "touched"))
     elif what == "cut":
         path.write_text(path.read_text()[:-20])
     elif what == "grown":
@@ -180,6 +184,14 @@ def test_file_seen_after_the_listing_leaves_no_row(lake: Path, source: Path) -> 
     assert contents(lake) == before
 
 
+def test_news_without_a_record_change_no_table(lake: Path, source: Path) -> None:
+    before = contents(lake)
+    write(source / "log_data/new\n:.json")
+    assert run(source, lake)["records"]["events"]["kept"] == 3
+    assert contents(lake) == before
+    assert run(source, lake) == {}
+
+
 def test_emptied_month_goes_but_never_the_last(lake: Path, source: Path) -> None:
     (source / "log_data/0.json").unlink()
     run(source, lake)
@@ -204,6 +216,7 @@ def test_full_run_says_why(
         "second": "the manifest is damaged or not the only one.",
         "input": "INPUT is another.",
         "script": "etl.py has changed.",
+        "table": "a table is missing.",
     }
     for case, reason in reasons.items():
         (manifest,) = (lake / "_records").glob("_manifest-*.json")
@@ -214,6 +227,8 @@ def test_full_run_says_why(
             manifest.write_text(text[:-9])
         elif case == "second":
             manifest.with_name("_manifest-other.json").write_text(text)
+        elif case == "table":
+            shutil.rmtree(lake / "users")
         elif case in ("input", "script"):
             manifest.write_text(json.dumps({**json.loads(text), case: "other"}))
         flags = ["--full"] if case == "--full" else []

@@ -27,9 +27,6 @@ SIZE, MAX_TS = 400, 253402300799999  # SIZE is how many lines there are of each 
 KINDS = {"songs": (song(), etl.SONG_SCHEMA), "events": (play(), etl.EVENT_SCHEMA)}
 
 
-# --- The oracle -----------------------------------------------------------------------
-
-
 class Spelled(str):
     """A number as it is spelled."""
 
@@ -96,8 +93,6 @@ def judge(content: bytes, schema: str) -> Outcome:
     faults = find_faults(row)
     return reject(text, *faults) if faults else ("loaded", *row.values())
 
-
-# --- The random lines -----------------------------------------------------------------
 
 JSON = r"""null true false [] {} [true,{"b":["c"]}] {"a":{"b":null}} "" "x" "1" "NaN"
     "é😀" "\"\\\n\t\u00e9\ud83d\ude00{}[],:" 0 -1 2009 2147483647 2147483648 -2147483648

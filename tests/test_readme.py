@@ -172,12 +172,12 @@ def test_flags_and_settings_are_those_of_the_job(
     known = re.findall(r"(?m)^  (--.+?)\s{2,}(.+)$", capsys.readouterr().out)
     rows = re.findall(r"(?m)^\| `(--[^`]+)` \| (\S+ \w+` )?\| (.+) \|$", README)
     assert [(flag, words) for flag, _, words in rows] == known
-    lake = [f"`[LAKE] {key}` " for key in etl.CONFIG_KEYS["LAKE"]]
+    lake = [f"`[LAKE] {key.upper()}` " for key in etl.CONFIG_KEYS["LAKE"]]
     assert [key for _, key, _ in rows if key] == lake
     example = (ROOT / "dl.cfg.example").read_text(encoding="utf-8")
     every_key = re.sub(r"(?m)^# (?=[A-Z_]+ =)", "", example)
     keys = re.findall(r"(?m)^([A-Z_]+) =", every_key)
-    assert keys == [of for section in etl.CONFIG_KEYS.values() for of in section]
+    assert keys == [of.upper() for keys in etl.CONFIG_KEYS.values() for of in keys]
     (tmp_path / "dl.cfg").write_text(example)
     (tmp_path / "every.cfg").write_text(every_key)
     monkeypatch.chdir(tmp_path)

@@ -7,12 +7,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pytest
 from conftest import ROOT, run_command
 from pyspark.sql import SparkSession
+from test_crash import run
 
 import etl
 
@@ -35,12 +35,6 @@ QUERIES = {
 def parquet(lake: Path, table: str) -> str:
     """A table of a lake as DuckDB reads it."""
     return f"read_parquet('{lake}/{table}/**/*.parquet', hive_partitioning=true)"
-
-
-def run(source: Path, lake: Path) -> dict[str, Any]:
-    """The report of a run."""
-    flags = ["--config", os.devnull, f"--input={source}", f"--output={lake}"]
-    return etl.run(etl.parse_settings(flags))
 
 
 @pytest.mark.skipif(not DATA, reason="SPARKIFY_DATA isn't set")

@@ -42,8 +42,6 @@ def tables(lake: Path) -> Tables:
     return {table: read_table(lake, table) for table in etl.TABLES}
 
 
-# --- Files ----------------------------------------------------------------------------
-
 # Spark's names of the types in the files, where they differ.
 TYPES = {"int64": "bigint", "int32": "int", "timestamp[us, tz=UTC]": "timestamp"}
 
@@ -72,9 +70,6 @@ def test_files_are_few_and_lie_in_the_folders_of_their_table(lake: Path) -> None
     assert sorted(found) == sorted([*years, *others])
     others = ["_records", "_rejected", "_reports"]
     assert {path.parts[0] for path in files} == {*etl.TABLES, *others}
-
-
-# --- Rows -----------------------------------------------------------------------------
 
 
 def at(ms: int) -> datetime:
