@@ -156,7 +156,8 @@ def list_files(lines: DataFrame) -> dict[str, list[int]]:
 def is_of(files: Iterable[str]) -> Column:
     """True where source_file is one of some files, which are named as by list_files."""
     quoted = (re.sub(r"(['\\])", r"\\\1", name) for name in files)
-    names = ", ".join(f"'{name}'" for name in ("", *quoted))  # IN () is no SQL.
+    names = ", ".join(f"'{name}'" for name in ("", *quoted))
+    # url_decode takes a + for a space; IN () is no SQL.
     return F.expr(f"url_decode(replace(source_file, '+', '%2B')) IN ({names})")
 
 
@@ -480,7 +481,7 @@ def find_news(lake: Lake, settings: Settings) -> News:
     files, known = {**states["songs"], **states["events"]}, manifest["files"]
     kept = {name for name, state in files.items() if known.get(name) == state}
     fresh = {kind: of.keys() - kept for kind, of in states.items()}
-    # A file that came after its run's listing is among the counts only.
+    # A full run reads a file that came after its listing, too. Only counts name it.
     gone = {*known, *(name for name, *_ in manifest["counts"])} - kept
     new = files.keys() - kept
     text = f"{len(new - gone):,} new, {len(new & gone):,} changed"
@@ -494,8 +495,8 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
         read = pool.map(lambda kind: stage_records(lake, staged, news, kind), SOURCES)
         (songs, song_months, bad_songs), (events, event_months, bad_events) = read
-        known = [of for of in news.manifest["counts"] if of[0] not in news.gone]
-        counts, report = [*known, *songs, *events], {"run": run_id}
+        stay = [of for of in news.manifest["counts"] if of[0] not in news.gone]
+        counts, report = [*stay, *songs, *events], {"run": run_id}
         report.update(input=settings.input, output=settings.output, **sum_up(counts))
         report.update(limit=settings.max_rejected, new=sum_up(songs + events))
         if report["new"]["rejected"]:
@@ -551,8 +552,8 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
 
 
 def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any]:
-    """The set of months in which each of the FOLDERS changes, given those of the songs
-    and events that change. An empty set is no change, None is every month."""
+    """The set of months in which each of the FOLDERS changes, given those of the songs,
+    whose only one is 0, and events that change. Empty: none; None: every month."""
     changes: dict[str, Any] = dict.fromkeys(FOLDERS)
     if news.manifest["files"]:
         changes.update(dict.fromkeys(("songs", "artists", "_records/songs"), songs))
@@ -601,13 +602,12 @@ def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str,
 
 def find_replaced(lake: Lake, changes: dict[str, Any]) -> list[str]:
     """The lake's files in whose place the run's come."""
-    replaced = []
-    for name in (of for folder in (*TABLES, "_records") for of in lake.files(folder)):
-        # A manifest is in no folder of these, so it is always replaced.
-        months = changes.get(re.match("(_records/)?[^/]+", name)[0])
-        year, month = (re.findall(r"/year=(\d+)/month=(\d+)/", name) or [(0, 0)])[0]
-        if months is None or int(year) * 100 + int(month) in months:
-            replaced.append(name)
+    replaced = list_manifests(lake)
+    for folder, months in changes.items():
+        for name in lake.files(folder):
+            year, month = (re.findall(r"/year=(\d+)/month=(\d+)/", name) or [(0, 0)])[0]
+            if months is None or int(year) * 100 + int(month) in months:
+                replaced.append(name)
     return replaced
 
 
@@ -630,12 +630,13 @@ def find_fault(report: dict[str, Any], counts: list[list[Any]]) -> str | None:
     read, bad = (sum(of[n] for of in records.values()) for n in ("read", "rejected"))
     if bad > limit * read:
         [(why, count)] = report["rejected"].most_common(1)
-        like = next(of for of in counts if f"{of[1]}: {of[3]}" == why)
-        most = f"{count:,} {like[1]} are '{like[3]}', as in {like[0]}"
+        examples = (of[:4] for of in counts if f"{of[1]}: {of[3]}" == why)
+        file, kind, _, reason = next(examples)
+        most = f"{count:,} {kind} are '{reason}', as in {file}"
         hint = " (objects over several lines are for small local files)"
-        kept = f"see {report['output']}/_rejected{hint * (like[3] == 'not JSON')}"
+        where = f"see {report['output']}/_rejected{hint * (reason == 'not JSON')}"
         over = f"over --max-rejected {limit:g}"
-        return f"{bad:,} of {read:,} records are bad, {over}: {most}; {kept}"
+        return f"{bad:,} of {read:,} records are bad, {over}: {most}; {where}"
     for kind, what in (("songs", "song"), ("events", "play (page NextSong)")):
         if not records[kind]["kept"]:
             return f"no {what} in {report['input']}/{SOURCES[kind]}: check --input"
@@ -1127,9 +1128,9 @@ def register_tables(lake: Lake, database: str) -> None:
         folders = ", ".join(columns.pop(column) for column in table.folders)
         named = ", ".join(columns.values())
         create = f"CREATE EXTERNAL TABLE IF NOT EXISTS {full} ({named})"
-        kept = f"PARTITIONED BY ({folders})" if folders else ""
+        partitions = f"PARTITIONED BY ({folders})" if folders else ""
         place = location.replace("'", r"\'")
-        spark.sql(f"{create} {kept} STORED AS PARQUET LOCATION '{place}'")
+        spark.sql(f"{create} {partitions} STORED AS PARQUET LOCATION '{place}'")
         if folders:
             spark.sql(f"MSCK REPAIR TABLE {full} SYNC PARTITIONS")
 
@@ -1225,7 +1226,8 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
 def to_uri(path: str) -> str:
     """The absolute URI of a path or URI, without a last slash. A path without a scheme
     is local. s3:// is s3a:// but on EMR, whose own Spark serves it."""
-    if re.match(r"(file:|(?!\w[\w+.-]+:)).", path, re.DOTALL):
+    scheme = re.match(r"(\w[\w+.-]+:)?", path)[0]
+    if scheme in ("", "file:") and path != scheme:
         local = re.sub("^file:(//(?=/))?", "", path)
         return "file://" + os.path.abspath(os.path.expanduser(local))
     if not re.match("s3a?://[^/]|hdfs:|viewfs:", path):
