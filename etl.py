@@ -132,10 +132,11 @@ FOLDERS = {
 # before was cut off; between } and {"key": on one line, where an array has a comma.
 LINE_END = r"(?<=[}\]])[ \t]*+\r?\n\s*+(?=[^,\]}\s])"
 LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"])'
-NEXT_OBJECT = r'(?=(?:\xef\xbb\xbf)?+\{\s*+"[^"\\]*+"\s*+:)'
+MARK = r"(?:\xef\xbb\xbf)?+"  # a byte order mark
+NEXT_OBJECT = rf'(?={MARK}\{{\s*+"[^"\\]*+"\s*+:)'
 BOUNDARY = rf"{LINE_END}|{LINE_END_WITH_COMMA}|\n(?=\{{)|(?<=\}})\s*+{NEXT_OBJECT}"
 ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
-ARRAY = r"^(?:\xef\xbb\xbf)?\s*+\["  # The first three bytes are a byte order mark.
+ARRAY = rf"^{MARK}\s*+\["
 
 
 def open_files(spark: SparkSession, folder: str, reader: str = "text") -> DataFrame:
@@ -565,23 +566,24 @@ def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any
 def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str, Any]:
     """Stages what changes of the tables. Gives the views that check_tables wants."""
 
-    def whole(name: str, schema: str | StructType) -> DataFrame:
+    def complete(name: str, rows: DataFrame) -> DataFrame:
         """Staged rows and, of the months that don't change, the published ones."""
-        rows, months = read_files(staged, name, schema), changes[name]
-        if months is None:
+        if (months := changes[name]) is None:
             return rows
         stays = ~FOLDERS[name].month_id.isin(months)
-        return rows.unionByName(read_files(lake, name, schema).where(stays))
+        return rows.unionByName(read_files(lake, name, rows.schema).where(stays))
 
-    songs = whole("_records/songs", RECORDS["songs"]).where(IS_GOOD)
+    songs = read_files(staged, "_records/songs", RECORDS["songs"])
+    songs = complete("_records/songs", songs).where(IS_GOOD)
     events = read_files(staged, "_records/events", RECORDS["events"]).where(IS_GOOD)
     latest = find_latest(events, "userId", *MONTH)
     write_files(latest, staged, "_records/users")
+    latest = read_files(staged, "_records/users", latest.schema)
     if not changes["songplays"]:  # Every month is built, or none and all are checked.
-        events = whole("_records/events", RECORDS["events"]).where(IS_GOOD)
+        events = complete("_records/events", events).where(IS_GOOD)
     tables = {
         "songplays": build_songplays(events, songs),
-        "users": build_users(whole("_records/users", latest.schema)),
+        "users": build_users(complete("_records/users", latest)),
         "songs": build_songs(songs),
         "artists": build_artists(songs),
         "time": build_time(events),
@@ -593,10 +595,10 @@ def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str,
     plays = events.where(IS_PLAY)
     views["due_songplays"] = plays.selectExpr(f"{SONGPLAY_ID} AS songplay_id")
     for name, built in tables.items():
-        views[name] = whole(name, built.schema)
+        rows = read_files(staged, name, built.schema)
+        views[name] = complete(name, rows)
         if changes[name]:  # Only some months: those are checked, the whole is counted.
-            views[f"all_{name}"] = views[name]
-            views[name] = read_files(staged, name, built.schema)
+            views[name], views[f"all_{name}"] = rows, views[name]
     return views
 
 

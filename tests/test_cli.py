@@ -151,7 +151,8 @@ def test_importing_reads_no_settings_and_starts_nothing(cwd: Path, java: Path) -
 
 def test_flag_beats_settings_file_beats_default(cwd: Path) -> None:
     places = f"file://{ROOT}/data_sample", f"file://{cwd}/lake"
-    assert etl.parse_settings() == etl.Settings(*places, None, 0.01)
+    default = etl.Settings(*places, None, 0.01, False, False, False, {})
+    assert etl.parse_settings() == default
     text = "[LAKE]\nINPUT = /file/in\nOUTPUT = /file/lake\nDATABASE = of_file\n"
     (cwd / "dl.cfg").write_text(text)
     flags = ["--output=/flag/lake", "--max-rejected=0", "--break-lock", "--debug"]
@@ -289,9 +290,7 @@ def facts_of(caller: SparkSession) -> dict[str, Any]:
     hadoop = context._jsc.hadoopConfiguration().iterator()
     entries = (hadoop.next() for _ in iter(hadoop.hasNext, False))
     return {
-        "active": SparkSession.getActiveSession().conf.get(
-            "spark.sql.session.timeZone"
-        ),
+        "active": SparkSession.active().conf.get("spark.sql.session.timeZone"),
         "SQL": {row.key: row.value for row in caller.sql("SET").collect()},
         "Hadoop": {of.getKey(): of.getValue() for of in entries},
         "Spark": (context.appName, dict(context.getConf().getAll())),

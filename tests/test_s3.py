@@ -77,9 +77,6 @@ def secrets_in(text: str, server: Server) -> list[str]:
     return [of for of in (server.key, server.secret, server.token) if of and of in text]
 
 
-# --- Runs -----------------------------------------------------------------------------
-
-
 def test_run_from_bucket_to_bucket_equals_a_local_one_in_few_requests(
     spark: SparkSession, server: Server, source: str, target: str
 ) -> None:
@@ -196,9 +193,6 @@ def test_credentials_may_come_from_sso(spark: SparkSession) -> None:
         loader.loadClass(f"software.amazon.awssdk.services.{name}")
 
 
-# --- Refused before Spark starts ------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "told"),
     [
@@ -298,8 +292,6 @@ def test_spark_submit_without_s3a_is_told_the_packages_to_pass(
     said = r"\netl.py: error: .*--packages org.apache.hadoop:hadoop-aws:.* --exclude-p"
     assert re.search(said, done.stdout + done.stderr)
 
-
-# --- Faults ---------------------------------------------------------------------------
 
 OLD = {"users/part-0.parquet", "songs/year=1999/part-0.parquet"}
 CHANGED = ("users", "songs/year=2001", "songs/year=0")
