@@ -63,13 +63,9 @@ class Table:
     folders: tuple[str, ...]
     order: tuple[str, ...]
 
-    @property
-    def month_id(self) -> Column:
-        """The month of a row: year * 100 + month, or 0 where folders are no months."""
-        return F.expr("year * 100 + month") if self.folders == MONTH else F.lit(0)
-
 
 MONTH = ("year", "month")
+MONTH_ID = "year * 100 + month"
 TABLES = {
     "songplays": Table("songplay_id", MONTH, ("start_time",)),
     "users": Table("user_id", (), ("user_id",)),
@@ -475,10 +471,10 @@ class News:
 
 def find_news(lake: Lake, settings: Settings) -> News:
     """Compares INPUT's files with those of the manifest."""
-    manifest, lines, states = load_manifest(lake, settings), {}, {}
-    for kind, folder in SOURCES.items():
-        lines[kind] = open_files(lake.spark, f"{settings.input}/{folder}")
-        states[kind] = list_files(lines[kind])
+    manifest = load_manifest(lake, settings)
+    folders = {kind: f"{settings.input}/{of}" for kind, of in SOURCES.items()}
+    lines = {kind: open_files(lake.spark, of) for kind, of in folders.items()}
+    states = {kind: list_files(of) for kind, of in lines.items()}
     files, known = {**states["songs"], **states["events"]}, manifest["files"]
     kept = {name for name, state in files.items() if known.get(name) == state}
     fresh = {kind: of.keys() - kept for kind, of in states.items()}
@@ -531,12 +527,12 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
     file, kind, month_id, reason or null, records, songs or plays; the months that
     change; and the new bad records: source_file, reason, raw."""
     name, fresh, known = f"_records/{kind}", news.fresh[kind], news.manifest["files"]
+    month_id = F.expr(MONTH_ID if kind == "events" else "0")  # Songs have one folder.
     if fresh:
         folder = f"{news.manifest['input']}/{SOURCES[kind]}"
         texts = read_texts(news.lines[kind], folder)
         texts = texts.where(is_of(fresh)) if known else texts
         write_files(read_records(kind, texts), staged, name)
-    month_id = FOLDERS[name].month_id
     # Spark lists the folder's files now, before those of known records join them.
     records = read_files(staged, name, RECORDS[kind]).withColumn("month_id", month_id)
     is_kept = f"{IS_GOOD} AND {IS_PLAY}" if kind == "events" else IS_GOOD
@@ -553,13 +549,14 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
 
 
 def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any]:
-    """The set of months in which each of the FOLDERS changes, given those of the songs,
-    whose only one is 0, and events that change. Empty: none; None: every month."""
+    """The months in which each of the FOLDERS changes: a set, or None for every month.
+    In: the months in which songs, whose only one is 0, and events change."""
     changes: dict[str, Any] = dict.fromkeys(FOLDERS)
     if news.manifest["files"]:
-        changes.update(dict.fromkeys(("songs", "artists", "_records/songs"), songs))
-        changes.update(dict.fromkeys(("_records/events", "_records/users"), events))
-        changes.update({} if songs else {"songplays": events, "time": events})
+        changes.update({"_records/events": events, "_records/users": events})
+        if not songs:
+            changes.update({"songs": set(), "artists": set(), "_records/songs": set()})
+            changes.update({"songplays": events, "time": events})
     return changes
 
 
@@ -570,7 +567,7 @@ def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str,
         """Staged rows and, of the months that don't change, the published ones."""
         if (months := changes[name]) is None:
             return rows
-        stays = ~FOLDERS[name].month_id.isin(months)
+        stays = ~F.expr(MONTH_ID).isin(months) if months else F.lit(True)
         return rows.unionByName(read_files(lake, name, rows.schema).where(stays))
 
     songs = read_files(staged, "_records/songs", RECORDS["songs"])
@@ -714,11 +711,10 @@ class Lake:
     root: str
     spark: SparkSession
     fs: Any
-    path_class: Any  # Looking it up by its name costs Java five calls.
 
     def path(self, name: str) -> Any:
         """Hadoop's Path of a file or folder."""
-        return self.path_class(f"{self.root}/{name}")
+        return self.spark._jvm.org.apache.hadoop.fs.Path(f"{self.root}/{name}")
 
     def files(self, folder: str) -> dict[str, int]:
         """The files at any depth below a folder, and when each was changed (ms)."""
@@ -767,9 +763,8 @@ class Lake:
 
 def open_lake(spark: SparkSession, root: str) -> Lake:
     """The lake at a URI."""
-    path_class = spark._jvm.org.apache.hadoop.fs.Path
-    hadoop = spark._jsc.hadoopConfiguration()
-    return Lake(root, spark, path_class(root).getFileSystem(hadoop), path_class)
+    path = spark._jvm.org.apache.hadoop.fs.Path(root)
+    return Lake(root, spark, path.getFileSystem(spark._jsc.hadoopConfiguration()))
 
 
 @contextmanager
@@ -1200,7 +1195,6 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
     # A secret may hold a %, so there is no interpolation.
     parser = configparser.RawConfigParser(None, inline_comment_prefixes="#")
     parser.default_section = ""
-    parser.read_dict({section: {} for section in CONFIG_KEYS})
     known = (f"[{of}] {' '.join(keys).upper()}" for of, keys in CONFIG_KEYS.items())
     hint = f"write each key once, as KEY = VALUE, under {' or '.join(known)}"
     try:
@@ -1210,17 +1204,17 @@ def read_config(path: str | None, script_folder: str) -> dict[str, dict[str, str
         raise SettingsError(f"{path}: {error.strerror}: see dl.cfg.example") from None
     except (configparser.Error, ValueError):
         raise SettingsError(f"{path}: {hint}") from None
-    sections = {key: section for section, keys in CONFIG_KEYS.items() for key in keys}
-    config: dict[str, dict[str, str]] = {}
+    homes = {key: section for section, keys in CONFIG_KEYS.items() for key in keys}
+    config: dict[str, dict[str, str]] = {section: {} for section in CONFIG_KEYS}
     for section in parser.sections():
-        values = {key: value.strip("'\"") for key, value in parser[section].items()}
-        config[section] = {key: value for key, value in values.items() if value}
-        for key, value in values.items():
-            place = sections.get(key, section)
-            move = f"move {key.upper()} under [{place}]: " * (place != section)
-            if move or key not in sections or "\n" in value:
+        for key, value in parser[section].items():
+            if homes.get(key) != section or "\n" in value:
+                home = homes.get(key, section)
+                move = f"move {key.upper()} under [{home}]: " * (home != section)
                 raise SettingsError(f"{path}: {move}{hint}")
-    if config.keys() != CONFIG_KEYS.keys():
+            if text := value.strip("'\""):
+                config[section][key] = text
+    if {*parser.sections()} - CONFIG_KEYS.keys():
         raise SettingsError(f"{path}: {hint}")
     return config
 
