@@ -127,10 +127,11 @@ FOLDERS = {
 # the next key of the same object; before a line that begins with {, even where the one
 # before was cut off; between } and {"key": on one line, where an array has a comma.
 LINE_END = r"(?<=[}\]])[ \t]*+\r?\n\s*+(?=[^,\]}\s])"
-LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"])'
+LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"{])'
 MARK = r"(?:\xef\xbb\xbf)?+"  # a byte order mark
+LINE_START = rf"\n(?={MARK}\{{)"
 NEXT_OBJECT = rf'(?={MARK}\{{\s*+"[^"\\]*+"\s*+:)'
-BOUNDARY = rf"{LINE_END}|{LINE_END_WITH_COMMA}|\n(?=\{{)|(?<=\}})\s*+{NEXT_OBJECT}"
+BOUNDARY = rf"{LINE_END}|{LINE_END_WITH_COMMA}|{LINE_START}|(?<=\}})\s*+{NEXT_OBJECT}"
 ARRAY_BOUNDARY = rf"{BOUNDARY}|(?<=\}})\s*+,\s*+{NEXT_OBJECT}"
 ARRAY = rf"^{MARK}\s*+\["
 
@@ -145,7 +146,7 @@ def open_files(spark: SparkSession, folder: str, reader: str = "text") -> DataFr
 def list_files(lines: DataFrame) -> dict[str, list[int]]:
     """The bytes and the time of change (ms) of each file, by its name in Hadoop."""
     index = lines._jdf.queryExecution().analyzed().relation().location()
-    status = r"path=(.*?); isDirectory=false; length=(\d+);.*? modification_time=(\d+);"
+    status = r"path=(.*?); isDirectory=false; length=(\d+);.*?modification_time=(-?\d+)"
     found = re.findall(status, index.allFiles().mkString("\n"), re.DOTALL)
     return {name: [int(size), int(changed)] for name, size, changed in found}
 
@@ -213,7 +214,8 @@ def split_text(text: Column) -> Column:
     pieces = pieces.otherwise(F.split(latin, BOUNDARY))
     pieces = F.transform(pieces, lambda p: F.encode(p, "ISO-8859-1").cast("string"))
     # This is slow, and most texts are a line with one {.
-    is_one = (F.substring_index(text, "{", 2) == text) & ~text.contains("\n")
+    is_one = text.startswith("{") & (F.substring_index(text, "{", 2) == text)
+    is_one &= ~text.contains("\n")
     is_one |= F.size(values) == 1
     return F.when(is_one, F.array(text)).otherwise(F.coalesce(values, pieces))
 
@@ -627,7 +629,7 @@ def find_fault(report: dict[str, Any], counts: list[list[Any]]) -> str | None:
     """Why a run must not publish: too much is rejected, or there is nothing."""
     records, limit = report["records"], report["limit"]
     read, bad = (sum(of[n] for of in records.values()) for n in ("read", "rejected"))
-    if bad > limit * read:
+    if bad / max(read, 1) > limit:
         [(why, count)] = report["rejected"].most_common(1)
         examples = (of[:4] for of in counts if f"{of[1]}: {of[3]}" == why)
         file, kind, _, reason = next(examples)

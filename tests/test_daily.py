@@ -127,6 +127,7 @@ def source(tmp_path: Path) -> Path:
     write(tmp_path / "in/song_data/1.json", to_json(song()))
     for number, ts in enumerate(MONTHS[:3]):
         write(tmp_path / f"in/log_data/{number}.json", to_json(play(ts=ts)))
+    os.utime(tmp_path / "in/log_data/1.json", (-5, -5))  # before 1970
     return tmp_path / "in"
 
 

@@ -121,6 +121,7 @@ LATIN = B.encode().replace(b"London", b"Orl\xe9ans")
 NOT_LATIN = {LATIN.decode("latin-1"): NOT_UTF8}
 NESTED = line(song(title="A"), unknown='[{"a": 1}, {"song_id": "S", "artist_id": "A"}]')
 PRETTY = json.dumps(song(title="P"), indent=2)
+PRETTY_NESTED = json.dumps(json.loads(NESTED), indent=2)
 CUT, BITS = PRETTY[:40], dict.fromkeys((A[:9], "foo", A[:-2]), NOT_JSON)
 PRETTY_ARRAY = json.dumps([song(title="A"), song(title="B")], indent=1)
 # By a file's name: its content, which is packed for a .gz; the titles that are loaded;
@@ -130,23 +131,24 @@ FILES: dict[str, tuple[str | bytes, str, dict[str, str]]] = {
     "crlf.json": (f"{A}\r\n{B}\r\n", "AB", {}),
     "cr.json": (f"{A}\r{B}\r", "AB", {}),
     "blank.json": (f"\n \n\t\r\n  {A}\t \n\n", "A", {}),
-    "bom.json": (f"\ufeff{A}\n\ufeff{B}\n\ufeff", "AB", {}),
+    "bom.json": (f"\ufeff{A}\n{C[:9]}\n\ufeff{B}\n\ufeff", "AB", {C[:9]: NOT_JSON}),
     "one-line.json": (f"{A}{B} {C}", "ABC", {}),
     "one-line-bom.json": (f"{A}\ufeff{B} \ufeff{C}", "ABC", {}),
     "array-of-lines.json": (f"[\n{A},\n{B}\n]\n", "AB", {}),
     "arrays.json": (f"{A}\n[{B}]\n[{C}]", "ABC", {}),
     "array-of-one.json": (f"\ufeff[{A}]", "A", {}),
+    "array-of-other-and-one.json": (f"[1, {A}]", "A", {"1": WRONG_TYPE}),
     "array-with-bad.json": (f"[{A}, {{}}, {B}]", "AB", {"{}": "no song_id"}),
     "array-cut-off.json": (f"[{A},\n{B[:-9]}", "A", {B[:-9]: NOT_JSON}),
     "array-line-cut-off.json": (f"[{A}, {B}, {C[:99]}", "AB", {C[:99]: NOT_JSON}),
     "pretty-array.json": (PRETTY_ARRAY, "AB", {}),
     "array-nested.json": (f"[{NESTED}, {B}]", "AB", {}),
-    "pretty-nested.json": (json.dumps(json.loads(NESTED), indent=2), "A", {}),
+    "pretty-nested.json": (PRETTY_NESTED, "A", {}),
     "pretty.json": (f"{PRETTY}\n{PRETTY}\n", "PP", {}),
     "pretty-crlf.json": (f"{PRETTY}\n{PRETTY}\n".replace("\n", "\r\n"), "PP", {}),
     "pretty-and-blank.json": (PRETTY.replace("\n", "\n\n"), "P", {}),
     "pretty-side-by-side.json": (PRETTY * 2, "PP", {}),
-    "pretty-cut-off.json": (f"{PRETTY}\n{CUT}", "P", {CUT: NOT_JSON}),
+    "pretty-cut-off.json": (f"{PRETTY_NESTED}\n{CUT}", "A", {CUT: NOT_JSON}),
     "pretty-cut-off-first.json": (f"{CUT}\n{PRETTY}", "P", {CUT: NOT_JSON}),
     "cut/off/in/the/middle.json": (f"{A[:9]}\n{B}\nfoo\n{C}\n{A[:-2]}", "BC", BITS),
     "garbage-after-one.json": (f"{A}\nfoo", "A", {"foo": NOT_JSON}),
