@@ -115,9 +115,9 @@ RECORDS["events"] += ", year int, month int"  # of ts, 0 where it isn't valid
 # The lake also keeps the typed records, and each user's latest event of each month.
 FOLDERS = {
     **TABLES,
-    "_records/songs": Table("song_id", (), ("song_id",)),
-    "_records/events": Table("ts", MONTH, ("ts",)),
-    "_records/users": Table("userId", MONTH, ("userId",)),
+    "_records/songs": Table("", (), ("song_id",)),
+    "_records/events": Table("", MONTH, ("ts",)),
+    "_records/users": Table("", MONTH, ("userId",)),
 }
 
 
@@ -125,7 +125,7 @@ FOLDERS = {
 
 # Where a record ends and another begins: at a line end after } or ], but not before
 # the next key of the same object; before a line that begins with {, even where the one
-# before was cut off; between } and {"key": on one line, where an array has a comma.
+# before was cut off; between } and {"key":, in an array also where a comma is between.
 LINE_END = r"(?<=[}\]])[ \t]*+\r?\n\s*+(?=[^,\]}\s])"
 LINE_END_WITH_COMMA = r'(?<=\})[ \t]*+,[ \t]*+\r?\n\s*+(?=[^,\]}\s"{])'
 MARK = r"(?:\xef\xbb\xbf)?+"  # a byte order mark
@@ -184,11 +184,11 @@ def is_utf8(text: Column) -> Column:
     return F.encode(text, "UTF-8") == text.cast("binary")  # 3.5 replaces the rest.
 
 
-def parse(text: Column, kind: str) -> Column:
+def parse(text: Column, of_type: str) -> Column:
     """The JSON values of a text, an array of a type; null where not all is of it."""
     # from_json alone ignores what follows the first value. So `whole` has to follow it.
     wrapped = F.concat(F.lit('{"values": ['), text, F.lit('], "whole": true}'))
-    wanted = f"values array<{kind}>, whole boolean, _corrupt string"
+    wanted = f"values array<{of_type}>, whole boolean, _corrupt string"
     options = {"allowSingleQuotes": "false", "allowNonNumericNumbers": "false"}
     options["columnNameOfCorruptRecord"] = "_corrupt"
     parsed = F.from_json(wrapped, wanted, options)
@@ -239,9 +239,9 @@ def read_records(kind: str, texts: DataFrame) -> DataFrame:
     reason = F.expr(f"coalesce(reason, {FAULTS[kind]})")
     records = records.withColumns(blank_is_null).withColumn("reason", reason)
     records = records.withColumn("raw", F.expr("if(reason IS NULL, null, raw)"))
-    month = f"if({HAS_TIME}, {{}}(timestamp_millis(ts)), 0)"
-    months = {of: F.expr(month.format(of)) for of in MONTH if kind == "events"}
-    return records.withColumns(months)
+    part = f"if({HAS_TIME}, {{}}(timestamp_millis(ts)), 0)"
+    parts = {of: F.expr(part.format(of)) for of in MONTH if kind == "events"}
+    return records.withColumns(parts)
 
 
 # --- Build ----------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def build_songplays(events: DataFrame, songs: DataFrame) -> DataFrame:
     # Both have one row a key, so that no join can multiply a play.
     found = plays.join(titles.agg(every), on=["song", "artist"], how="left")
     found = found.join(names.groupBy("artist").agg(sole), on="artist", how="left")
-    gap = "coalesce(abs(song.duration - length), double('infinity'))"
-    fit = f"song -> struct({gap}, song.song_id, song.artist_id)"
+    gap = "coalesce(abs(s.duration - length), double('infinity'))"
+    fit = f"s -> struct({gap}, s.song_id, s.artist_id)"
     best = F.expr(f"array_min(transform(songs, {fit}))")
     found = found.withColumns({"best": best, "start_time": F.timestamp_millis("ts")})
     return found.selectExpr(
@@ -390,8 +390,8 @@ def check_tables(views: dict[str, DataFrame]) -> dict[str, dict[str, int]]:
     spark = views["songplays"].sparkSession
     found = dict(spark.sql(" UNION ALL ".join(queries)).collect())
     found.pop(None, None)  # A foreign key that finds all its rows has no text.
-    for lost in sorted(found.keys() - views.keys()):
-        raise RunError(f"check failed: {lost}")
+    if lost := sorted(found.keys() - views.keys()):
+        raise RunError(f"check failed: {lost[0]}")
     for name, table in TABLES.items():
         rows, keys = found[name]["rows"], found[name]["keys"]
         due = found.get(f"due_{name}", found[name])["keys"]
@@ -416,7 +416,7 @@ def run(settings: Settings) -> dict[str, Any]:
     run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(4).hex()}"
     with claimed(lake, run_id, settings.break_lock) as staging:
         news = find_news(lake, settings)
-        if any(news.fresh.values()) or news.gone or not news.files:
+        if any(news.fresh.values()) or news.stale or not news.files:
             report = update(lake, staging, news, settings)
         else:
             say("Nothing is new: the lake stays as it is.")
@@ -468,7 +468,7 @@ class News:
     lines: dict[str, DataFrame]  # of all files, by kind
     files: dict[str, list[int]]  # the state of each file
     fresh: dict[str, set[str]]  # new and changed files, by kind
-    gone: set[str]  # known files that are changed or missing
+    stale: set[str]  # known files that are changed or missing
 
 
 def find_news(lake: Lake, settings: Settings) -> News:
@@ -481,11 +481,11 @@ def find_news(lake: Lake, settings: Settings) -> News:
     kept = {name for name, state in files.items() if known.get(name) == state}
     fresh = {kind: of.keys() - kept for kind, of in states.items()}
     # A full run reads a file that came after its listing, too. Only counts name it.
-    gone = {*known, *(name for name, *_ in manifest["counts"])} - kept
+    stale = {*known, *(name for name, *_ in manifest["counts"])} - kept
     new = files.keys() - kept
-    text = f"{len(new - gone):,} new, {len(new & gone):,} changed"
-    say(f"{len(files):,} files: {text}, {len(gone - new):,} missing.")
-    return News(manifest, lines, files, fresh, gone)
+    text = f"{len(new - stale):,} new, {len(new & stale):,} changed"
+    say(f"{len(files):,} files: {text}, {len(stale - new):,} missing.")
+    return News(manifest, lines, files, fresh, stale)
 
 
 def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str, Any]:
@@ -494,7 +494,7 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     with step("2/5 Read songs and events"), ThreadPoolExecutor() as pool:
         read = pool.map(lambda kind: stage_records(lake, staged, news, kind), SOURCES)
         (songs, song_months, bad_songs), (events, event_months, bad_events) = read
-        stay = [of for of in news.manifest["counts"] if of[0] not in news.gone]
+        stay = [of for of in news.manifest["counts"] if of[0] not in news.stale]
         counts, report = [*stay, *songs, *events], {"run": run_id}
         report.update(input=settings.input, output=settings.output, **sum_up(counts))
         report.update(limit=settings.max_rejected, new=sum_up(songs + events))
@@ -514,12 +514,12 @@ def update(lake: Lake, staging: str, news: News, settings: Settings) -> dict[str
     with step("5/5 Publish"):
         tables = {of: figures.get(f"all_{of}", figures[of])["rows"] for of in TABLES}
         for of, table in zip(report["records"].values(), ("songs", "songplays")):
-            of.update(duplicate=of["kept"] - tables[table], kept=tables[table])
+            of["duplicate"], of["kept"] = of.pop("kept") - tables[table], tables[table]
         report.update(built=what, tables=tables, plays=figures["songplays"])
         manifest = {**news.manifest, "files": news.files, "counts": counts}
         staged.write(f"_records/_manifest-{run_id}.json", json.dumps(manifest))
-        publish(lake, staging, find_replaced(lake, changes))
         lake.write(f"_reports/{run_id}.json", json.dumps(report, indent=2))
+        publish(lake, staging, find_replaced(lake, changes))
     return report
 
 
@@ -541,10 +541,10 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
     groups = records.groupBy("source_file", "month_id", "reason")
     found = groups.agg(F.count("*"), F.expr(f"count_if({is_kept})")).collect()
     counts = [[unquote(file), kind, *figures] for file, *figures in found]
-    gone = [of for of in news.manifest["counts"] if of[0] in news.gone]
-    months = {month for _, of, month, *_ in counts + gone if of == kind}
+    stale = [of for of in news.manifest["counts"] if of[0] in news.stale]
+    months = {month for _, of, month, *_ in counts + stale if of == kind}
     if known and months:
-        stays = month_id.isin(months) & ~is_of(news.gone)
+        stays = month_id.isin(months) & ~is_of(news.stale)
         write_files(read_files(lake, name, RECORDS[kind]).where(stays), staged, name)
     bad = records.where("reason IS NOT NULL").select("source_file", "reason", "raw")
     return counts, months, bad
@@ -552,7 +552,7 @@ def stage_records(lake: Lake, staged: Lake, news: News, kind: str) -> tuple[Any,
 
 def find_changes(news: News, songs: set[int], events: set[int]) -> dict[str, Any]:
     """The months in which each of the FOLDERS changes: a set, or None for every month.
-    In: the months in which songs, whose only one is 0, and events change."""
+    In: the months in which records change; that of all songs is 0."""
     changes: dict[str, Any] = dict.fromkeys(FOLDERS)
     if news.manifest["files"]:
         changes.update({"_records/events": events, "_records/users": events})
@@ -578,7 +578,7 @@ def stage_tables(lake: Lake, staged: Lake, changes: dict[str, Any]) -> dict[str,
     latest = find_latest(events, "userId", *MONTH)
     write_files(latest, staged, "_records/users")
     latest = read_files(staged, "_records/users", latest.schema)
-    if not changes["songplays"]:  # Every month is built, or none and all are checked.
+    if not changes["songplays"]:  # All plays are built (None) or only checked (set()).
         events = complete("_records/events", events).where(IS_GOOD)
     tables = {
         "songplays": build_songplays(events, songs),
@@ -614,7 +614,7 @@ def find_replaced(lake: Lake, changes: dict[str, Any]) -> list[str]:
 
 def sum_up(counts: list[list[Any]]) -> dict[str, Any]:
     """What became of counted records, before duplicates are found; why they are bad."""
-    outcomes = ("read", "rejected", "not plays", "duplicate", "kept")
+    outcomes = ("read", "rejected", "not plays", "kept")
     records = {kind: dict.fromkeys(outcomes, 0) for kind in SOURCES}
     rejected: Counter[str] = Counter()
     for _, kind, _, reason, read, kept in counts:
@@ -686,7 +686,7 @@ def say(text: str, end: str = "\n", to: TextIO | None = None) -> None:
 
 @contextmanager
 def step(title: str) -> Iterator[None]:
-    """Announces a step of the run; adds its seconds when it is done."""
+    """Announces a step of the run; adds its seconds at its end."""
     start, line = time.monotonic(), f"{title} ".ljust(40, ".")
     say(line, end="")
     try:
@@ -851,7 +851,7 @@ def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
     lake.move(f"{staging}/_journal.tmp", f"{staging}/_journal.json")
     try:
         confirm_claim(lake, staging)
-        finish(lake, staging, journal, {*there, *journal["replaced"]})
+        finish(lake, staging, journal, set(there))
     except (Py4JError, OSError, KeyboardInterrupt) as error:
         reason = f"the next start of etl.py finishes it: {explain(error)}"
         raise RunError(f"publishing was cut off, {reason}") from error
@@ -860,7 +860,7 @@ def publish(lake: Lake, staging: str, replaced: Iterable[str]) -> None:
 def confirm_claim(lake: Lake, staging: str) -> None:
     """Raises RunError when another run has taken over."""
     if not lake.fs.exists(lake.path(f"{staging}/_owner.json")):
-        raise RunError("another run has taken over the lake: nothing is published")
+        raise RunError("another run has taken over the lake: this one stops")
 
 
 def finish(lake: Lake, staging: str, journal: dict[str, Any], there: set[str]) -> None:
@@ -917,7 +917,7 @@ S3A_KEYS = {
     "endpoint_url": "endpoint",
 }
 CONFIG_KEYS = {"LAKE": ("input", "output", "database"), "AWS": tuple(S3A_KEYS)}
-# What those packages name but Spark has already, or other clouds need.
+# Not to be downloaded: whole SDKs, what Spark has, what other clouds need.
 NOT_NEEDED = (
     "software.amazon.awssdk:bundle,com.amazonaws:aws-java-sdk-bundle,joda-time:*,"
     "org.apache.hadoop:hadoop-client-*,org.apache.hadoop:hadoop-*cloud*,"
@@ -986,7 +986,7 @@ def check_s3(settings: Settings) -> dict[str, int]:
         if uri.startswith("s3"):
             _, _, bucket, key = f"{uri}/_probe-{os.urandom(8).hex()}".split("/", 3)
             probe = s3.Object(bucket, key)
-            probe.delete()  # What can't go must not come.
+            probe.delete()  # Leave no probe where deleting is denied.
             probe.put()
             probe.delete()
         method = getattr(boto3.Session().get_credentials(), "method", None)
@@ -1087,7 +1087,7 @@ def s3_packages() -> str:
 
 def configure_s3(spark: SparkSession, bucket: str, aws: dict[str, str]) -> None:
     """Gives S3A what dl.cfg says, for this bucket alone; on the running context, since
-    a session's settings stand in the JVM's command line, which every user can read."""
+    what Spark is started with stands in a command line, which every user can read."""
     loader = spark._jvm.java.lang.Thread.currentThread().getContextClassLoader()
     if not loader.getResource("org/apache/hadoop/fs/s3a/S3AFileSystem.class"):
         packages = f"{s3_packages()} --exclude-packages '{NOT_NEEDED}'"
@@ -1128,7 +1128,7 @@ def register_tables(lake: Lake, database: str) -> None:
         named = ", ".join(columns.values())
         create = f"CREATE EXTERNAL TABLE IF NOT EXISTS {full} ({named})"
         partitions = f"PARTITIONED BY ({folders})" if folders else ""
-        place = location.replace("'", r"\'")
+        place = re.sub(r"(['\\])", r"\\\1", location)
         spark.sql(f"{create} {partitions} STORED AS PARQUET LOCATION '{place}'")
         if folders:
             spark.sql(f"MSCK REPAIR TABLE {full} SYNC PARTITIONS")
@@ -1247,10 +1247,10 @@ def run_or_cancel(settings: Settings) -> dict[str, Any]:
             context = SparkContext._active_spark_context
             until = time.monotonic() + (10 if context else 0)
             while not wait([job], timeout=0.1).done and time.monotonic() < until:
-                with suppress(Exception):  # Spark may not be up yet.
+                with suppress(Exception):  # It may be ending already.
                     context.cancelAllJobs() if given else context.stop()
             if not (job.done() or given):  # Java ends with this process.
-                hint = "the next start clears away what is left"
+                hint = "the next start finishes or clears away what is left"
                 say(f"\netl.py: error: interrupted: {hint}")
                 os._exit(1)
             if isinstance(job.exception(), (RunError, type(None))):
@@ -1259,7 +1259,7 @@ def run_or_cancel(settings: Settings) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Runs the job; returns the exit code: 0 published, 1 failed, 2 wrong settings."""
+    """Runs the job; returns the exit code: 0 done, 1 failed, 2 wrong settings."""
     secrets: list[str] = []
     try:
         settings = parse_settings(argv)
