@@ -153,8 +153,7 @@ def list_files(lines: DataFrame) -> dict[str, list[int]]:
 
 def is_of(files: Iterable[str]) -> Column:
     """True where source_file is one of some files, which are named as by list_files."""
-    quoted = (re.sub(r"(['\\])", r"\\\1", name) for name in files)
-    names = ", ".join(f"'{name}'" for name in ("", *quoted))
+    names = ", ".join(map(quote, ("", *files)))
     # url_decode takes a + for a space; IN () is no SQL.
     return F.expr(f"url_decode(replace(source_file, '+', '%2B')) IN ({names})")
 
@@ -175,6 +174,11 @@ def read_texts(lines: DataFrame, folder: str) -> DataFrame:
 def literal(path: str) -> str:
     """A path whose special characters match only themselves in Spark's readers."""
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
+
+
+def quote(text: str) -> str:
+    """A text as a literal of Spark's SQL."""
+    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
 
 
 def is_utf8(text: Column) -> Column:
@@ -1128,8 +1132,7 @@ def register_tables(lake: Lake, database: str) -> None:
         named = ", ".join(columns.values())
         create = f"CREATE EXTERNAL TABLE IF NOT EXISTS {full} ({named})"
         partitions = f"PARTITIONED BY ({folders})" if folders else ""
-        place = re.sub(r"(['\\])", r"\\\1", location)
-        spark.sql(f"{create} {partitions} STORED AS PARQUET LOCATION '{place}'")
+        spark.sql(f"{create} {partitions} STORED AS PARQUET LOCATION {quote(location)}")
         if folders:
             spark.sql(f"MSCK REPAIR TABLE {full} SYNC PARTITIONS")
 
